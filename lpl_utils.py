@@ -1,0 +1,467 @@
+"""The Latent Perceptual Loss (LPL) of Berrada et al., ICLR 2025: everything the method needs, on top of torch alone.
+
+Read it beside the paper:
+
+    predict_z0              Table 1        the clean latent that a prediction implies
+    sigma_gate              Eq. 3, delta   which samples have little enough noise
+    outlier_mask            Algorithm 1    which positions of a feature map count
+    LatentPerceptualLoss    Eq. 2, Eq. 3   decoder features, normalised, masked, weighted, compared
+    lpl_term                               gate + cost bound + loss: the one call of a training step
+    weight_for_share        Fig. 9         the weight that makes LPL a given share of the total loss
+
+Shapes: B batch, C channels, h x w positions of a latent or feature map, L hooked decoder blocks.
+Latents are *scaled* (what the denoiser sees) unless a name says *unscaled* (what the decoder wants).
+"""
+
+import math
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+NORMALIZATIONS = ("shared", "target", "separate", "channel_l2")
+WEIGHTINGS = ("inverse", "exponential", "uniform", "balanced")
+REDUCTIONS = ("mean", "sum")
+OUTLIER_SOURCES = ("prediction", "target", "union")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+STATS = ("block_loss", "masked_share", "target_error", "variance_ratio", "mean_over_std")
+FLOOR = 1e-12  # keeps a layer of constant maps finite; far below the variance of any real feature
+
+
+def predict_z0(model_pred, z_t, alpha, sigma, prediction_type):
+    """The clean latent implied by a prediction at z_t = alpha z_0 + sigma eps (Table 1).
+
+    Args:
+        model_pred, z_t: `[B, C, h, w]`, scaled latents.
+        alpha, sigma: `[B]`, on any device. `epsilon` divides by alpha: leave samples with alpha = 0 out beforehand.
+        prediction_type: `epsilon`, `v_prediction`, `sample` or `flow` (optimal-transport path, alpha = 1 - sigma,
+            the network predicts eps - z_0).
+
+    Returns: `[B, C, h, w]` in at least float32.
+    """
+    dtype = torch.promote_types(torch.promote_types(model_pred.dtype, z_t.dtype), torch.float32)
+    model_pred, z_t = model_pred.to(dtype), z_t.to(dtype)
+    alpha, sigma = (s.to(z_t).view(-1, *[1] * (z_t.ndim - 1)) for s in (alpha, sigma))
+    if prediction_type == "epsilon":
+        return (z_t - sigma * model_pred) / alpha
+    if prediction_type == "v_prediction":
+        return alpha * z_t - sigma * model_pred
+    if prediction_type == "sample":
+        return model_pred
+    if prediction_type == "flow":
+        return z_t - sigma * model_pred
+    raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}.")
+
+
+def sigma_gate(alpha, sigma, tau):
+    """delta of Eq. 3: `[B]` bool, true where the noise-to-signal ratio sigma / alpha is at most tau."""
+    return sigma <= tau * alpha  # no division: alpha is 0 at the end of a zero-terminal-SNR schedule
+
+
+def outlier_mask(features, distance, resolution):
+    """Algorithm 1: which positions of each feature map are no outliers.
+
+    A position is valid if it lies within the 2nd and 98th percentiles, widened by two standard deviations. One
+    dilation of the valid mask drops lone outliers, one erosion widens the outliers that remain.
+
+    Args:
+        features: `[B, C, h, w]`; no gradient flows.
+        distance: image side / feature side, 1 for maps at the decoder's output resolution.
+        resolution: side of the square image, in pixels (`sqrt(height * width)` for others).
+
+    Returns: `[B, C, h, w]` bool, true = valid.
+    """
+    flat = features.detach().flatten(-2)  # [B, C, n]
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    n = flat.shape[-1]
+    low = flat.kthvalue(max(1, int(0.02 * n)), dim=-1, keepdim=True).values
+    high = flat.kthvalue(max(1, int(0.98 * n)), dim=-1, keepdim=True).values
+    margin = 2 * flat.std(-1, keepdim=True, correction=min(1, n - 1))
+    valid = (low - margin <= flat) & (flat <= high + margin)  # not strict: a constant map has no outliers
+    valid = valid.view_as(features).float()
+
+    # The paper's kernels are for 512-pixel images and maps at full resolution; they cover a share of the image.
+    dilation, erosion = (math.ceil(base * resolution / 512 / distance) for base in (3, 5))
+    dilation -= dilation % 2 == 0  # even sizes would shift the mask: dilate less, erode more
+    erosion += erosion % 2 == 0
+    if dilation > 1:
+        valid = F.max_pool2d(valid, dilation, stride=1, padding=dilation // 2)
+    if erosion > 1:
+        valid = -F.max_pool2d(-valid, erosion, stride=1, padding=erosion // 2)
+    return valid.bool()
+
+
+class LatentPerceptualLoss:
+    """Eq. 3 without its expectation: one value per sample.
+
+        LPL = sum_l  omega_l / C_l  sum_c  reduce_positions( rho_{l,c} (phi'_{l,c} - phi_hat'_{l,c})^2 )
+
+    The decoder of `vae` is frozen and put in eval mode. Its features are read by hooks on the mid block and on the
+    first `num_blocks` up blocks, inside `vae.decode`, which is left at the last block asked for.
+
+    By default the loss is *streamed*: the decoder runs forward and backward on `chunk_size` samples at a time, and
+    only dLPL/dz0_hat is kept. The result is exact, because the decoder has no operation across samples, and memory
+    does not depend on the batch. `chunk_size=0` leaves the graph to autograd.
+
+    Args:
+        vae: an autoencoder of diffusers whose decoder has `up_blocks` (`AutoencoderKL`, `AsymmetricAutoencoderKL`).
+        num_blocks: up blocks to compare, not counting the mid block; 3 is the economical choice (Fig. 7).
+        normalization: whose statistics standardise the features, per sample and channel over the valid positions.
+            `shared`: both tensors with those of the prediction (Sec. 3.2); `target`: both with those of the clean
+            latent; `separate`: each with its own (Sec. 4.3's ablation); `channel_l2`: both divided, position by
+            position, by the length of the clean feature vector, as in LPIPS.
+        detach_stats: no gradient through the statistics. With the gradient (the literal Eq. 3) a model can lower the
+            loss by inflating the variance of its features.
+        weighting: omega_l from the resolutions r_l: `inverse` r_1 / r_l, `exponential` 2^(-r_l / r_1), `uniform` 1;
+            `balanced`: uniform until `balance` is called with measured means.
+        reduction: over positions, `mean` of the valid ones or `sum` in units of the first layer's number of positions.
+        mask_outliers, outlier_source: Algorithm 1 on layers with at least 4 times the first layer's resolution, on
+            the features of the `prediction`, of the `target`, or leaving out what either calls an outlier (`union`).
+        chunk_size: samples that are decoded at a time.
+        unscale: maps scaled to unscaled latents; by default `z / scaling_factor + shift_factor` of the VAE.
+        gradient_checkpointing: recompute the decoder's blocks in the backward pass; also on when the VAE's own is.
+
+    Raises:
+        ValueError: an unknown option; no blocks to hook or fewer than asked for; a decoder that is not a function of
+            its latents alone (adds noise, keeps state).
+    """
+
+    def __init__(
+        self,
+        vae,
+        num_blocks=4,
+        normalization="shared",
+        detach_stats=True,
+        weighting="inverse",
+        reduction="mean",
+        mask_outliers=True,
+        outlier_source="prediction",
+        chunk_size=1,
+        unscale=None,
+        gradient_checkpointing=False,
+    ):
+        for name, value, known in (
+            ("normalization", normalization, NORMALIZATIONS),
+            ("weighting", weighting, WEIGHTINGS),
+            ("reduction", reduction, REDUCTIONS),
+            ("outlier_source", outlier_source, OUTLIER_SOURCES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}.")
+        if chunk_size < 0:
+            raise ValueError(f"chunk_size {chunk_size} must be 0 (plain autograd) or a number of samples.")
+        self.vae = vae.requires_grad_(False).eval()
+        self.normalization, self.detach_stats, self.reduction = normalization, detach_stats, reduction
+        self.weighting, self.mask_outliers, self.outlier_source = weighting, mask_outliers, outlier_source
+        self.chunk_size, self.gradient_checkpointing = chunk_size, gradient_checkpointing
+        self.unscale = unscale or self._unscale
+
+        decoder = getattr(vae, "decoder", None)
+        mid_block, up_blocks = getattr(decoder, "mid_block", None), getattr(decoder, "up_blocks", None) or []
+        if not up_blocks:
+            raise ValueError(f"{type(vae).__name__} has no decoder up blocks to hook: LPL can't use this VAE.")
+        if not 0 <= num_blocks <= len(up_blocks) or not (num_blocks or mid_block):
+            raise ValueError(f"num_blocks {num_blocks} does not fit a decoder with {len(up_blocks)} up blocks.")
+        self.blocks = [block for block in (mid_block, *up_blocks[:num_blocks]) if block is not None]
+        self._probe()
+
+    def __call__(self, z0_hat, z0):
+        """Compare predicted and true clean latents.
+
+        Args:
+            z0_hat, z0: `[B, C, h, w]`, scaled latents; B may be 0. The loss is differentiable in `z0_hat` alone.
+
+        Returns:
+            loss: `[B]`, at least float32.
+            stats: name -> `[B, L]`, detached:
+                `block_loss`      each layer's term before omega,
+                `masked_share`    share of positions that are masked,
+                `target_error`    squared error in units of the clean features' variance,
+                `variance_ratio`  variance of predicted / of clean features (geometric mean over channels): when it
+                                  grows while `target_error` does not fall, the model plays the normalisation,
+                `mean_over_std`   |mean| / std of the predicted features: where large, bf16 loses accuracy.
+        """
+        if z0_hat.shape != z0.shape:
+            raise ValueError(f"z0_hat {tuple(z0_hat.shape)} and z0 {tuple(z0.shape)} must have the same shape.")
+        self.vae.eval()  # some decoders have batch norms, and a training loop may have flipped the mode
+        z0 = z0.detach()
+        if len(z0) == 0:
+            empty = torch.zeros(0, len(self.blocks), device=z0.device)
+            loss = z0_hat.flatten(1).sum(1).to(torch.promote_types(z0_hat.dtype, torch.float32))
+            return loss, dict.fromkeys(STATS, empty)
+        if not (torch.is_grad_enabled() and z0_hat.requires_grad):
+            chunks = zip(z0_hat.split(self.chunk_size or len(z0)), z0.split(self.chunk_size or len(z0)))
+            with torch.no_grad():
+                loss, stats = zip(*(self._compare(self.features(a), self.features(b)) for a, b in chunks))
+            return torch.cat(loss), dict(zip(STATS, torch.cat(stats).unbind(-1)))
+        if self.chunk_size == 0:
+            with torch.no_grad():
+                phi = self.features(z0)
+            loss, stats = self._compare(self.features(z0_hat), phi)
+        else:
+            loss, stats = _Streamed.apply(z0_hat, z0, self)
+        return loss, dict(zip(STATS, stats.unbind(-1)))
+
+    def balance(self, block_loss_means):
+        """Set omega_l = m_1 / m_l from measured means `[L]` of the layers' terms, so that layers contribute alike."""
+        means = torch.as_tensor(block_loss_means).detach().cpu().double()
+        if not (means > 0).all():
+            raise ValueError("balanced weighting needs a positive mean for every hooked block.")
+        self.omega = means[0] / means
+
+    def state_dict(self):
+        """What calibration froze: `{"omega": [L]}`."""
+        return {"omega": self.omega.clone()}
+
+    def load_state_dict(self, state_dict):
+        omega = torch.as_tensor(state_dict["omega"]).double().cpu()
+        if omega.shape != self.omega.shape:
+            raise ValueError(f"the saved omega is for {len(omega)} blocks, this loss has {len(self.blocks)}.")
+        self.omega = omega.clone()
+
+    # Eq. 2: the decoder's features
+
+    def features(self, z):
+        """Features of scaled latents `[B, C, h, w]`: L tensors `[B, C_l, h_l, w_l]` in the order of the blocks."""
+        captured = []
+
+        def keep(block, args, output):
+            captured.append(output)
+            if len(captured) == len(self.blocks):
+                raise _LastBlock
+
+        z = self.unscale(z).to(self.vae.dtype)
+        with self._hooked(keep), torch.autocast(z.device.type, enabled=False):
+            try:
+                self.vae.decode(z)
+            except _LastBlock:
+                pass
+        assert len(captured) == len(self.blocks), "a hooked decoder block did not run"
+        return captured
+
+    @contextmanager
+    def _hooked(self, hook):
+        """Hooks on the blocks, which are checkpointed on request; the decoder runs whole samples in one piece."""
+        with ExitStack() as stack:
+
+            def override(target, name, value):
+                if name in vars(target):
+                    stack.callback(setattr, target, name, getattr(target, name))
+                else:
+                    stack.callback(delattr, target, name)
+                setattr(target, name, value)
+
+            recompute = self.gradient_checkpointing or getattr(self.vae.decoder, "gradient_checkpointing", False)
+            for target, name in ((self.vae, "use_slicing"), (self.vae, "use_tiling"),
+                                 (self.vae.decoder, "gradient_checkpointing")):  # fmt: skip
+                override(target, name, False)
+            for block in self.blocks:
+                stack.enter_context(block.register_forward_hook(hook))
+                if recompute and torch.is_grad_enabled():
+                    # Around `forward` alone, so that the hook does not fire again when the block is recomputed.
+                    call = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                    override(block, "forward", call)
+            yield
+
+    def _unscale(self, z):
+        config = self.vae.config
+        return z / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+
+    @torch.no_grad()
+    def _probe(self):
+        """Run the decoder on small latents: the resolutions r_l, and proof that features depend on latents alone."""
+        parameter = next(self.vae.parameters())
+        shape = (2, 1, self.vae.config.latent_channels, 8, 8)
+        z, other = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        first, _, again = (self.features(x) for x in (z, other, z))
+        name = type(self.vae).__name__
+        for a, b in zip(first, again):
+            if not a.isfinite().all():
+                raise ValueError(f"the decoder of {name} overflows in {a.dtype}: use another precision for the VAE.")
+            if (a - b).float().abs().mean() > 1e-2 * a.float().std():
+                raise ValueError(f"the decoder of {name} adds noise or keeps state between calls: LPL can't use it.")
+        sides = torch.tensor([float(phi.shape[-1]) for phi in first]).double()
+        self.omega = {
+            "inverse": sides[0] / sides,
+            "exponential": 2 ** (-sides / sides[0]),
+            "uniform": torch.ones_like(sides),
+            "balanced": torch.ones_like(sides),
+        }[self.weighting]
+
+    # Eq. 3: normalise, mask, weigh, compare
+
+    def _compare(self, phi_hats, phis):
+        """Loss `[B]` and stats `[B, L, len(STATS)]` of two lists of features."""
+        layers = (self._compare_block(l, *pair, phi_hats[0]) for l, pair in enumerate(zip(phi_hats, phis)))
+        losses, stats = zip(*layers)
+        return sum(losses), torch.stack(stats, dim=1)
+
+    def _compare_block(self, l, phi_hat, phi, first):
+        """Layer l's weighted term `[B]` and its stats `[B, len(STATS)]`; `first`: the first layer's features."""
+        dtype = torch.promote_types(phi_hat.dtype, torch.float32)
+        phi_hat, phi = phi_hat.to(dtype), phi.to(dtype)
+        positions = phi.shape[-2] * phi.shape[-1]
+        valid, alive, count = None, torch.ones((), dtype=torch.bool, device=phi.device), positions
+        if self.mask_outliers and phi.shape[-1] >= 4 * first.shape[-1]:
+            valid = self._valid_positions(phi_hat, phi)
+            count = valid.sum((-2, -1))  # [B, C]
+            alive = count >= max(16, 0.05 * positions)
+
+        squared = _spatial_mean((phi - phi_hat).square(), valid, count)  # [B, C]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_stats):
+            mean_hat, var_hat = _moments(phi_hat, valid, count, alive)
+        with torch.no_grad():
+            mean, var = _moments(phi, valid, count, alive)
+
+        # The means cancel in `shared` and `target`, and one variance per channel can be divided out after the sum.
+        if self.normalization == "shared":
+            term = squared / var_hat
+        elif self.normalization == "target":
+            term = squared / var
+        elif self.normalization == "separate":
+            standard = [(x - m[..., None, None]) * v.rsqrt()[..., None, None]
+                        for x, m, v in ((phi, mean, var), (phi_hat, mean_hat, var_hat))]  # fmt: skip
+            term = _spatial_mean((standard[0] - standard[1]).square(), valid, count)
+        else:
+            length = phi.square().sum(1, keepdim=True)  # [B, 1, h, w]
+            length = length + 1e-4 * length.flatten(1).median(1).values.view(-1, 1, 1, 1)
+            term = _spatial_mean((phi - phi_hat).square() / length.clamp(min=FLOOR), valid, count)
+        if self.reduction == "sum":
+            term = term * count / (first.shape[-2] * first.shape[-1])
+        term = torch.where(alive, term, 0).mean(1)  # 1 / C_l
+
+        with torch.no_grad():
+            target_error = torch.where(alive, squared / var, 0).mean(1)
+            variance_ratio = (var_hat / var).log().mean(1).exp()
+            masked = 1 - (count / positions).mean(1) if valid is not None else torch.zeros_like(term)
+            mean_over_std = (mean_hat.abs() / var_hat.sqrt()).mean(1)
+            stats = torch.stack([term, masked, target_error, variance_ratio, mean_over_std], dim=-1)
+        return self.omega[l].item() * term, stats
+
+    def _valid_positions(self, phi_hat, phi):
+        """rho of Eq. 3, `[B, C, h, w]` bool."""
+        # distance = image side / feature side and resolution = image side, so only the feature side matters.
+        side = math.sqrt(phi.shape[-2] * phi.shape[-1])
+        valid = None
+        for source, features in (("prediction", phi_hat), ("target", phi)):
+            if self.outlier_source in (source, "union"):
+                mask = outlier_mask(features, 1, side)
+                valid = mask if valid is None else valid & mask
+        return valid
+
+
+class _LastBlock(Exception):
+    """Leaves `vae.decode` once the last hooked block has run: what follows is never computed."""
+
+
+class _Streamed(torch.autograd.Function):
+    """Forward and backward of the decoder, chunk by chunk; keeps dLPL/dz0_hat of every sample and nothing else."""
+
+    @staticmethod
+    def forward(ctx, z0_hat, z0, lpl):
+        losses, stats, gradient = [], [], torch.empty_like(z0_hat)
+        for i in range(0, len(z0), lpl.chunk_size):
+            chunk = slice(i, i + lpl.chunk_size)
+            loss, stat, gradient[chunk] = _forward_backward(lpl, z0_hat[chunk], z0[chunk])
+            losses.append(loss)
+            stats.append(stat)
+        loss, stats = torch.cat(losses), torch.cat(stats)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss.view(-1, 1, 1, 1)).to(gradient.dtype), None, None
+
+
+def _forward_backward(lpl, z0_hat, z0):
+    """Loss, stats and d loss / d z0_hat of a few samples; the features' gradients are taken one layer at a time."""
+    phis = lpl.features(z0)  # gradients are off inside an autograd function's forward
+    with torch.enable_grad():
+        z0_hat = z0_hat.detach().requires_grad_()
+        phi_hats = lpl.features(z0_hat)
+        losses, stats, gradients = [], [], []
+        for l, phi_hat in enumerate(phi_hats):
+            leaf = phi_hat.detach().to(torch.promote_types(phi_hat.dtype, torch.float32)).requires_grad_()
+            loss, stat = lpl._compare_block(l, leaf, phis[l], phi_hats[0])
+            gradients += torch.autograd.grad(loss.sum(), leaf)
+            losses.append(loss.detach())
+            stats.append(stat)
+            phis[l] = None
+        # In fp16 these gradients, about 1 / (channels * positions), vanish: scale each sample by a power of two.
+        scale = 1
+        if phi_hats[0].dtype == torch.float16:
+            largest = torch.stack([g.abs().amax((1, 2, 3)) for g in gradients]).amax(0)  # [B]
+            exponent = torch.where(largest > 0, largest, 1).log2().floor()
+            scale = torch.exp2(-exponent).view(-1, 1, 1, 1)
+        gradients = [(g * scale).to(phi.dtype) for g, phi in zip(gradients, phi_hats)]
+        (gradient,) = torch.autograd.grad(phi_hats, z0_hat, gradients)
+    return sum(losses), torch.stack(stats, dim=1), gradient / scale
+
+
+def _spatial_mean(x, valid, count):
+    """Mean over the valid positions: `[B, C, h, w]` -> `[B, C]`; 0 where there are none."""
+    if valid is None:
+        return x.mean((-2, -1))
+    return torch.where(valid, x, 0).sum((-2, -1)) / count.clamp(min=1)
+
+
+def _moments(x, valid, count, alive):
+    """Mean and variance `[B, C]` (two passes, biased) over the valid positions.
+
+    The variance has the epsilon of its later root inside: 1e-4 of the layer's median over the channels that are
+    alive (have enough valid positions). The others get 1: they contribute nothing, but must not divide by zero.
+    """
+    mean = _spatial_mean(x, valid, count)
+    var = _spatial_mean((x - mean[..., None, None]).square(), valid, count)
+    median = torch.where(alive, var.detach(), math.nan).nanmedian(1, keepdim=True).values.nan_to_num(0)
+    return mean, torch.where(alive, var + 1e-4 * median, 1).clamp(min=FLOOR)
+
+
+def lpl_term(lpl, model_pred, z_t, z0, alpha, sigma, prediction_type, tau, max_samples=None, generator=None):
+    """The LPL term of one training step: Eq. 3 with its gate, and a bound on its cost.
+
+    Args:
+        lpl: a `LatentPerceptualLoss`.
+        model_pred, z_t, z0: `[B, C, h, w]` scaled latents; alpha, sigma: `[B]` **on the CPU**, so that choosing the
+            samples needs no synchronisation with the device.
+        prediction_type: see `predict_z0`.
+        tau: threshold on sigma / alpha at this resolution.
+        max_samples: decode all samples that pass (None), K of them chosen uniformly (K >= 1), or each with
+            probability K (0 < K < 1). The sum is rescaled, so that its expectation stays the same.
+        generator: CPU generator of that choice.
+
+    Returns:
+        loss: scalar, sum over the passing samples divided by the **whole** batch: a gated-out sample counts as zero.
+        stats: those of the loss, `[k, L]` for the k samples decoded; `gated_share`, the share of the batch that
+            passed; `sample_weight`, what each decoded sample's loss was multiplied by, 1 / B included.
+    """
+    passing = sigma_gate(alpha, sigma, tau).nonzero().flatten()
+    chosen, weight = passing, 1.0
+    if max_samples is not None and max_samples < 1:
+        chosen = passing[torch.rand(len(passing), generator=generator) < max_samples]
+        weight = 1 / max_samples
+    elif max_samples is not None and len(passing) > max_samples:
+        chosen = passing[torch.randperm(len(passing), generator=generator)[: int(max_samples)]]
+        weight = len(passing) / len(chosen)
+
+    # Select first, divide after: no inf or NaN of a sample outside the gate can leak through a mask.
+    index = chosen.to(z0.device)
+    z0_hat = predict_z0(model_pred[index], z_t[index], alpha[chosen], sigma[chosen], prediction_type)
+    loss, stats = lpl(z0_hat, z0[index])
+    sample_weight = weight / len(z0)
+    stats = {**stats, "gated_share": len(passing) / len(z0), "sample_weight": sample_weight}
+    return sample_weight * loss.sum(), stats
+
+
+def weight_for_share(diffusion_loss, lpl_loss, target_share):
+    """The w for which w * LPL is `target_share` of diffusion loss + w * LPL (Fig. 9), from sums of both terms."""
+    if not lpl_loss > 0:
+        raise ValueError("no sample passed LPL's gate while its weight was measured.")
+    return target_share / (1 - target_share) * diffusion_loss / lpl_loss
