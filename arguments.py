@@ -1,0 +1,349 @@
+"""The flags that the training scripts share, in groups, and every check that needs no library and no download.
+
+Names and defaults are those of the Diffusers example scripts; what is new starts with `--lpl_`. Only the standard
+library is imported, so that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one plain sentence that names the flag or file and the remedy."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one sentence instead of a page of usage."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main, args):
+    """Call a script's `main`; a `UserError` becomes one sentence and exit code 1, the rest keeps its traceback."""
+    try:
+        main(args)
+    except UserError as error:
+        print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def auto_or_number(text):
+    return text if text == "auto" else number(text)
+
+
+def number(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+# One flag a line reads best.
+# fmt: off
+def add_model_arguments(parser):
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the pipeline to finetune")
+    add("--revision", help="revision of the Hub model")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of another VAE: AutoencoderKL or "
+        "AsymmetricAutoencoderKL with the same latents, for instance the paper's asymmetric one")
+    add("--vae_dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="precision of the VAE and so of "
+        "LPL's decoder; auto: bf16 with --mixed_precision bf16, else fp32")
+    add("--cache_dir", help="where downloads are kept")
+
+
+def add_data_arguments(parser):
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--train_data_dir", help="image folder with metadata.jsonl, .csv or .parquet (file_name and a caption column)")
+    add("--dataset_name", help="Hub id or local folder of a datasets dataset")
+    add("--dataset_config_name", help="configuration of that dataset")
+    add("--image_column", help="column with the images")
+    add("--caption_column", help="column with the captions, strings or lists to choose from; by default text or the "
+        "only column that can be meant")
+    add("--max_train_samples", type=int, help="use this many samples only")
+    add("--max_bad_images", type=int, default=0, help="unreadable images to leave out before giving up")
+    add("--proportion_empty_prompts", type=number, default=0.0, help="share of captions dropped, drawn at each step; "
+        "0.1 keeps classifier-free guidance working")
+    add("--resolution", type=int, default=512, help="side of the training images in pixels")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--image_interpolation_mode", default="lanczos", help="how images are resized",
+        choices=["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"])
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load images")
+
+
+def add_training_arguments(parser, output_dir):
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--output_dir", default=output_dir, help="where checkpoints, samples and the finetuned pipeline go")
+    add("--seed", type=int, help="makes everything reproducible; drawn and logged if not given")
+    add("--train_batch_size", type=int, default=16, help="samples per process and forward pass")
+    add("--num_train_epochs", type=int, default=100, help="passes over the data, unless --max_train_steps is given")
+    add("--max_train_steps", type=int, help="optimizer steps")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations, in the decoder too: less memory")
+    add("--learning_rate", type=number, default=1e-4, help="peak learning rate")
+    add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
+    add("--lr_scheduler", default="constant", help="learning-rate schedule, in optimizer steps",
+        choices="linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split())
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up (schedules that have one)")
+    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    add("--lr_power", type=number, default=1.0, help="power of the polynomial schedule")
+    add("--adam_beta1", type=number, default=0.9, help="AdamW's beta1")
+    add("--adam_beta2", type=number, default=0.999, help="AdamW's beta2")
+    add("--adam_weight_decay", type=number, default=1e-2, help="AdamW's weight decay")
+    add("--adam_epsilon", type=number, default=1e-8, help="AdamW's epsilon")
+    add("--max_grad_norm", type=number, default=1.0, help="gradients are clipped to this norm")
+    add("--use_ema", action="store_true", help="average the weights; validate with and save the average")
+    add("--ema_decay", type=number, help="decay of the average; by default 0.99975 with LPL, 0.9999 without (Fig. 10)")
+    add("--offload_ema", action="store_true", help="keep the average on the CPU between steps")
+    add("--foreach_ema", action="store_true", help="faster update of the average")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default what `accelerate config` says")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
+
+
+def add_diffusion_arguments(parser):
+    group = parser.add_argument_group("diffusion loss")
+    add = group.add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction", "sample"],
+        help="what the model predicts; by default what the checkpoint's scheduler says")
+    add("--rescale_betas_zero_snr", action="store_true", help="zero terminal SNR (Lin et al.), not with epsilon")
+    add("--snr_gamma", type=number, help="min-SNR loss weights; 5.0 in the paper of Hang et al.")
+    add("--noise_offset", type=number, default=0.0, help="scale of the noise that is constant over positions")
+
+
+def add_lpl_arguments(parser):
+    group = parser.add_argument_group("latent perceptual loss")
+    add = group.add_argument
+    add("--lpl_weight", type=auto_or_number, default="auto", help="weight of LPL; auto measures it once, so that LPL "
+        "is --lpl_target_share of the total; 0 switches LPL off")
+    add("--lpl_target_share", type=number, default=0.2, help="share of the total loss that auto aims at (Fig. 9)")
+    add("--lpl_sigma_threshold", type=number, default=3.0, help="LPL applies where sigma/alpha is at most this at "
+        "--lpl_base_resolution, in proportion at others; SNR >= 1/threshold^2: 0.577 is SNR 3, 1 is SNR 1, 3 is SNR "
+        "1/9, 6 is SNR 1/36")
+    add("--lpl_base_resolution", type=int, default=256, help="resolution that the threshold is given for")
+    add("--lpl_num_blocks", type=int, default=4, help="decoder up blocks compared after the mid block; 3 is cheaper")
+    add("--lpl_normalization", choices=["shared", "target", "separate", "channel_l2"], default="shared",
+        help="whose statistics standardise the features")
+    add("--lpl_detach_stats", action=argparse.BooleanOptionalAction, default=True,
+        help="no gradient through those statistics")
+    add("--lpl_weighting", choices=["inverse", "exponential", "uniform", "balanced"], default="inverse",
+        help="how the blocks are weighted by resolution; balanced measures the weights")
+    add("--lpl_reduction", choices=["mean", "sum"], default="mean", help="over the positions of a feature map")
+    add("--lpl_outlier_mask", action=argparse.BooleanOptionalAction, default=True, help="Algorithm 1")
+    add("--lpl_outlier_source", choices=["prediction", "target", "union"], default="prediction",
+        help="whose features are searched for outliers")
+    add("--lpl_start_step", type=int, default=0, help="optimizer step from which on LPL applies")
+    add("--lpl_chunk_size", type=int, default=1, help="samples decoded at a time: memory against speed; 0 keeps the "
+        "whole graph")
+    add("--lpl_max_samples", type=number, help="decode at most this many samples per process and forward pass; below "
+        "1: each with this probability; unbiased")
+
+
+def add_output_arguments(parser):
+    group = parser.add_argument_group("checkpoints, validation, logging")
+    add = group.add_argument
+    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
+    add("--checkpoints_total_limit", type=int, help="older checkpoints are removed after a new one is complete")
+    add("--resume_from_checkpoint", help="folder of a checkpoint, or latest")
+    add("--validation_prompts", nargs="+", help="prompts to draw during training")
+    add("--validation_steps", type=int, default=500, help="optimizer steps between drawings")
+    add("--num_validation_images", type=int, default=4, help="images per prompt")
+    add("--validation_guidance_scale", type=number, default=7.5, help="classifier-free guidance of the drawings")
+    add("--validation_inference_steps", type=int, default=25, help="sampler steps of the drawings")
+    add("--logging_dir", default="logs", help="tracker files, inside --output_dir")
+    add("--logging_steps", type=int, default=10, help="optimizer steps between log lines")
+    add("--report_to", choices=["tensorboard", "none"], default="tensorboard", help="tracker")
+    add("--tracker_project_name", default="lpl-finetune", help="name of the project in the tracker")
+# fmt: on
+
+
+def parse_args(parser, argv=None):
+    """Parse and check; a wrong flag ends the program with one sentence and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    args.given_lpl_flags = sorted({word.split("=")[0] for word in argv if word.startswith(("--lpl_", "--no-lpl_"))})
+    try:
+        check_values(args)
+        check_folders(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
+
+
+AT_LEAST_ONE = (
+    "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
+    "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps num_validation_images "
+    "validation_inference_steps logging_steps lr_num_cycles"
+).split()
+NOT_NEGATIVE = (
+    "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
+    "lpl_chunk_size max_bad_images dataloader_num_workers seed"
+).split()
+POSITIVE = "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm".split()
+
+
+def check_values(args):
+    """Checks of single flags and of combinations. Raises UserError."""
+    for names, fits, what in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "not negative"),
+        (POSITIVE, lambda value: value > 0, "greater than 0"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                raise UserError(f"--{name} {value} must be {what}.")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be from 0 to below 1.")
+    if not 0 <= args.proportion_empty_prompts <= 1:
+        raise UserError(f"--proportion_empty_prompts {args.proportion_empty_prompts} must be from 0 to 1.")
+    if args.lpl_weight != "auto" and args.lpl_weight < 0:
+        raise UserError(f"--lpl_weight {args.lpl_weight} must not be negative; 0 switches LPL off.")
+    if not 0 < args.lpl_target_share < 1:
+        raise UserError(f"--lpl_target_share {args.lpl_target_share} must be between 0 and 1.")
+    if (args.lpl_max_samples or 0) > 1 and args.lpl_max_samples % 1:
+        raise UserError(f"--lpl_max_samples {args.lpl_max_samples} must be a whole number, or below 1.")
+    if not args.use_ema and (args.ema_decay is not None or args.offload_ema or args.foreach_ema):
+        raise UserError("--ema_decay, --offload_ema and --foreach_ema have no effect without --use_ema: add it.")
+    if not (args.train_data_dir or args.dataset_name):
+        raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
+    if args.train_data_dir and args.dataset_name:
+        raise UserError("--train_data_dir and --dataset_name exclude each other: give one of them.")
+    if args.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--report_to tensorboard needs `pip install tensorboard`; or use --report_to none.")
+
+
+def check_folders(args):
+    """Checks of what is on the disk: data, model, checkpoint to resume, output. Raises UserError."""
+    check_model_folders(args)
+    check_output_dir(args)
+    if args.train_data_dir:
+        from data_utils import read_image_folder
+
+        read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
+
+
+def is_folder_name(name):
+    """Whether a model name means a folder rather than a Hub id (`owner/name`)."""
+    return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+
+
+def check_model_folders(args):
+    """A local model is checked by its config files, as `check_configs` does for all models once they are there."""
+    name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    vae_config = None
+    if vae_name and is_folder_name(vae_name):
+        folder = vae_folder(vae_name)
+        vae_config = read_json(folder / "config.json", "--pretrained_vae_model_name_or_path")
+    if is_folder_name(name):
+        flag = "--pretrained_model_name_or_path"
+        index = read_json(Path(name) / "model_index.json", flag)
+        if index.get("_class_name") not in args.pipelines:
+            raise UserError(
+                f"{flag} {name} is a {index.get('_class_name')}; this script finetunes {', '.join(args.pipelines)}."
+            )
+        if not vae_name:
+            vae_config = read_json(Path(name) / "vae" / "config.json", flag)
+        unet_config = read_json(Path(name) / "unet" / "config.json", flag)
+        scheduler_config = read_json(Path(name) / "scheduler" / "scheduler_config.json", flag)
+        if vae_config:
+            check_configs(args, vae_config, unet_config, scheduler_config)
+
+
+def vae_folder(name):
+    """`--pretrained_vae_model_name_or_path` may be the VAE's own folder or that of a pipeline which has one."""
+    return Path(name) / "vae" if (Path(name) / "model_index.json").exists() else Path(name)
+
+
+def read_json(path, flag):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{flag}: there is no {path}; give a Hub id or the folder of a saved model.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {path} can't be read ({error}); download or save the model again.") from None
+
+
+def check_configs(args, vae_config, unet_config, scheduler_config):
+    """What the models' configs say about the flags: VAE class, latents, resolution, blocks, zero terminal SNR."""
+    vae_class = vae_config.get("_class_name")
+    encoder_widths = {
+        "AutoencoderKL": vae_config.get("block_out_channels"),
+        "AsymmetricAutoencoderKL": vae_config.get("down_block_out_channels"),
+    }
+    if vae_class not in encoder_widths:
+        raise UserError(f"the VAE is a {vae_class}; this script supports {' and '.join(encoder_widths)}.")
+    channels = vae_config["latent_channels"]
+    if channels != unet_config["in_channels"]:
+        raise UserError(
+            f"the VAE has {channels} latent channels, the UNet takes {unet_config['in_channels']}: give the VAE that "
+            "belongs to the model with --pretrained_vae_model_name_or_path."
+        )
+    factor = 2 ** (len(encoder_widths[vae_class]) - 1)
+    if args.resolution % factor:
+        nearest = max(1, round(args.resolution / factor)) * factor
+        raise UserError(f"--resolution {args.resolution} must be a multiple of {factor}, the VAE's factor: {nearest}?")
+    blocks = len(vae_config.get("up_block_types", encoder_widths[vae_class]))
+    if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
+        raise UserError(f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks.")
+    prediction_type = args.prediction_type or scheduler_config.get("prediction_type", "epsilon")
+    if args.rescale_betas_zero_snr and prediction_type == "epsilon":
+        raise UserError(
+            "--rescale_betas_zero_snr leaves no signal at the last step, where predicting noise teaches nothing: add "
+            "--prediction_type v_prediction."
+        )
+
+
+def check_output_dir(args):
+    """Nothing that the user has is overwritten; sets `args.resume_from_checkpoint` to a folder or None."""
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file: name a folder.")
+    checkpoints = sorted(
+        (p for p in output.glob("checkpoint-*") if is_complete(p)), key=lambda p: int(p.name.split("-")[1])
+    )
+    wanted = args.resume_from_checkpoint
+    if wanted in (None, "latest") and ((output / "model_index.json").exists() or checkpoints):
+        if not checkpoints or not wanted:
+            remedy = " or continue it with --resume_from_checkpoint latest" if checkpoints else ""
+            raise UserError(f"--output_dir {output} holds another run: choose another folder{remedy}.")
+    if wanted == "latest":
+        if not checkpoints:
+            print(f"--resume_from_checkpoint latest: no checkpoint in {output} yet, starting at step 0.")
+        args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
+    elif wanted:
+        folder = next((p for p in (Path(wanted), output / wanted) if p.is_dir()), None)
+        if folder is None:
+            raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder; `latest` finds the newest.")
+        if not is_complete(folder):
+            raise UserError(
+                f"--resume_from_checkpoint {folder} is incomplete (no training_state.json): choose another checkpoint."
+            )
+        args.resume_from_checkpoint = str(folder)
+
+
+def is_complete(checkpoint):
+    """Checkpoints are renamed into place when all is written; the state file guards against partial copies."""
+    return checkpoint.name.split("-")[-1].isdigit() and (checkpoint / "training_state.json").is_file()

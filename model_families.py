@@ -1,0 +1,151 @@
+"""What differs between denoisers: how to load one, encode a prompt, call it, read its prediction, unscale its latents.
+
+Each family is a class with the same few methods; the training loop knows nothing else about the model.
+Shapes: B batch, C latent channels, h x w latent positions, H x W pixels.
+"""
+
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+
+from arguments import UserError, check_configs, is_folder_name, vae_folder
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x: a UNet under text conditioning; epsilon, v or sample prediction.
+
+    Args:
+        args: the script's flags.
+        device: where the frozen models work.
+        weight_dtype, vae_dtype: precision of the text encoder and of the VAE. The UNet is loaded in float32.
+
+    Raises:
+        UserError: the model can't be loaded or does not fit the flags.
+    """
+
+    pipeline_class = StableDiffusionPipeline
+
+    def __init__(self, args, device, weight_dtype, vae_dtype):
+        self.args, self.device = args, device
+        self.hub = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+        self.pipe = self._load_pipeline(**self._load_vae(), torch_dtype=torch.float32, **self.without_checker)
+        self.unet, self.vae = self.pipe.unet, self.pipe.vae
+        self.pipe.scheduler = self._inference_scheduler(self.pipe.scheduler)
+        # What DDPMScheduler does not know of the pipeline's scheduler does not concern training.
+        self.noise_scheduler = DDPMScheduler.from_config(dict(self.pipe.scheduler.config))
+        check_configs(args, self.vae.config, self.unet.config, self.pipe.scheduler.config)
+        self.prediction_type = self.noise_scheduler.config.prediction_type
+        self.pipe.text_encoder.requires_grad_(False).eval().to(device, weight_dtype)
+        self.vae.requires_grad_(False).eval().to(vae_dtype)
+        self.place_vae(decoder=args.lpl_weight != 0)
+        abar = self.noise_scheduler.alphas_cumprod
+        self.alphas, self.sigmas = abar.sqrt(), (1 - abar).sqrt()  # [T], on the CPU
+
+    def place_vae(self, decoder):
+        """Encoder on the device; the decoder too, or (without LPL, between drawings) not."""
+        self.vae.to(self.device)
+        if not decoder:
+            self.vae.decoder.to("cpu")
+
+    def encode_images(self, pixel_values, generators):
+        """Images `[B, 3, H, W]` in [-1, 1] -> scaled latents `[B, C, h, w]`, float32; one generator per sample."""
+        posterior = self.vae.encode(pixel_values.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.sample(generators).float()
+        return (latents - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
+
+    def encode_prompts(self, captions):
+        """Captions -> keyword arguments of the UNet."""
+        embeds, _ = self.pipe.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+
+    def sample_timesteps(self, generators):
+        """Uniform timesteps `[B]` on the CPU."""
+        steps = len(self.alphas)
+        return torch.cat([torch.randint(0, steps, (1,), generator=generator) for generator in generators])
+
+    def noise_levels(self, timesteps):
+        """alpha, sigma `[B]` of z_t = alpha z_0 + sigma eps, on the CPU like `timesteps`."""
+        return self.alphas[timesteps], self.sigmas[timesteps]
+
+    def predict(self, denoiser, noisy_latents, timesteps, conditioning):
+        """The denoiser's output `[B, C, h, w]`, in the convention of `self.prediction_type`."""
+        return denoiser(noisy_latents, timesteps.to(self.device), **conditioning, return_dict=False)[0]
+
+    def drawing_pipeline(self, unet):
+        """A pipeline for validation images that shares the frozen models."""
+        components = {**self.pipe.components, "unet": unet}
+        pipe = self.pipeline_class(**components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def save_pipeline(self, unet, folder):
+        """Save a stock pipeline: the new UNet, a scheduler that says how it was trained, the rest as it was."""
+        unet.save_pretrained(folder / "unet")  # first what training made, should the base model be out of reach
+        vae = {name: model.float() for name, model in self._load_vae().items()}
+        pipe = self._load_pipeline(unet=unet, scheduler=self.pipe.scheduler, **vae)
+        pipe.save_pretrained(folder)
+
+    without_checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+    def _load_pipeline(self, **components):
+        name = self.args.pretrained_model_name_or_path
+        return load(self.pipeline_class, name, "--pretrained_model_name_or_path", **self.hub, **components)
+
+    def _load_vae(self):
+        """`{"vae": the VAE of --pretrained_vae_model_name_or_path}`, or nothing if the flag is not given."""
+        name = self.args.pretrained_vae_model_name_or_path
+        if not name:
+            return {}
+        flag, cache = "--pretrained_vae_model_name_or_path", {"cache_dir": self.args.cache_dir}
+        if is_folder_name(name):
+            name = vae_folder(name)
+        classes = {c.__name__: c for c in (AutoencoderKL, AsymmetricAutoencoderKL)}
+        config = load(AutoencoderKL, name, flag, method="load_config", **cache)
+        if config.get("_class_name") not in classes:
+            raise UserError(f"{flag} {name} is a {config.get('_class_name')}; supported are {', '.join(classes)}.")
+        return {"vae": load(classes[config["_class_name"]], name, flag, torch_dtype=torch.float32, **cache)}
+
+    def _inference_scheduler(self, scheduler):
+        """The scheduler that is saved: it must know the prediction type and the noise schedule trained with."""
+        changes = {}
+        if self.args.prediction_type:
+            changes["prediction_type"] = self.args.prediction_type
+        if self.args.rescale_betas_zero_snr:
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            return DDIMScheduler.from_config(scheduler.config, **changes)  # not every sampler can start at alpha = 0
+        return scheduler.from_config(scheduler.config, **changes)
+
+
+def add_noise(latents, noise, alpha, sigma):
+    """z_t = alpha z_0 + sigma eps: `[B, C, h, w]` each, alpha and sigma `[B]`."""
+    alpha, sigma = (s.to(latents).view(-1, 1, 1, 1) for s in (alpha, sigma))
+    return alpha * latents + sigma * noise
+
+
+def training_target(latents, noise, alpha, sigma, prediction_type):
+    """What the denoiser should output (METHOD: epsilon, v = alpha eps - sigma z_0, z_0, or eps - z_0)."""
+    alpha, sigma = (s.to(latents).view(-1, 1, 1, 1) for s in (alpha, sigma))
+    return {
+        "epsilon": lambda: noise,
+        "v_prediction": lambda: alpha * noise - sigma * latents,
+        "sample": lambda: latents,
+        "flow": lambda: noise - latents,
+    }[prediction_type]()
+
+
+def sample_noise(latents, generators, offset=0.0):
+    """Noise like `latents`, one generator per sample; `offset` adds noise that is constant over positions."""
+    noise = randn_tensor(latents.shape, generator=generators, device=latents.device, dtype=latents.dtype)
+    if offset:
+        shape = (*latents.shape[:2], 1, 1)
+        noise = noise + offset * randn_tensor(shape, generators, device=latents.device, dtype=latents.dtype)
+    return noise
+
+
+def load(model_class, name, flag, method="from_pretrained", **kwargs):
+    """Load from a folder or the Hub; what goes wrong there is the user's to mend, in one sentence."""
+    try:
+        return getattr(model_class, method)(name, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{flag} {name} can't be loaded: {reason}") from error

@@ -1,0 +1,232 @@
+"""The chores of a training script: accelerator, randomness, optimizer, EMA, checkpoints, drawings, logs.
+
+Nothing here knows of the Latent Perceptual Loss. Functions that all processes must call together say so.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from arguments import UserError
+
+
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(args):
+    """An Accelerator for these flags; draws a seed if none is given, the same on all processes."""
+    project = ProjectConfiguration(
+        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+    )
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=project,
+        )
+    except ValueError as error:  # such as fp16 without a GPU
+        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from error
+    if args.seed is None:
+        args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
+        accelerator.print(f"--seed {args.seed} was drawn; give it to repeat this run.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def sample_generators(seed, positions):
+    """One CPU generator per sample, a function of the seed and of the sample's position in the stream alone.
+
+    So the noise of a sample does not depend on how many processes share the work, on calibration or validation in
+    between, or on whether the run was resumed.
+    """
+    states = (np.random.SeedSequence([seed, int(position)]).generate_state(1, np.uint64)[0] for position in positions)
+    return [torch.Generator().manual_seed(int(state)) for state in states]
+
+
+def make_optimizer(args, parameters, num_processes):
+    lr = args.learning_rate
+    if args.scale_lr:
+        lr *= args.gradient_accumulation_steps * args.train_batch_size * num_processes
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(parameters, lr, betas, args.adam_epsilon, args.adam_weight_decay)
+
+
+def make_lr_scheduler(args, optimizer):
+    """Counts optimizer steps; not given to `accelerator.prepare`, which would step it once per process."""
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    cycles = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    return get_scheduler(args.lr_scheduler, optimizer, **schedule, **cycles)
+
+
+def make_ema(args, model, decay):
+    """A float32 average of the model's weights; in bf16 a decay near 1 would never move it."""
+    device = "cpu" if args.offload_ema else next(model.parameters()).device
+    ema = EMAModel(
+        model.parameters(), decay, model_cls=type(model), model_config=model.config, foreach=args.foreach_ema
+    )
+    ema.to(device=device, dtype=torch.float32)
+    return ema
+
+
+def step_ema(ema, model):
+    """One update, on the model's device also when the average is kept on the CPU."""
+    home, device = ema.shadow_params[0].device, next(model.parameters()).device
+    ema.to(device)
+    ema.step(model.parameters())
+    ema.to(home)
+
+
+@contextmanager
+def ema_weights(ema, model):
+    """Inside, the model has the average weights; afterwards its own again. Does nothing if `ema` is None."""
+    if ema is None:
+        yield
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+
+
+def register_checkpoint_models(accelerator, name, model, ema):
+    """Checkpoints hold `name/` and `name_ema/` in diffusers' format, which `from_pretrained` loads."""
+    model_class = type(model)
+
+    def save(models, weights, folder):
+        if accelerator.is_main_process:
+            model.save_pretrained(Path(folder, name))
+            if ema is not None:
+                ema.save_pretrained(Path(folder, f"{name}_ema"))
+        weights.clear()
+
+    def load(models, folder):
+        models.clear()
+        model.load_state_dict(model_class.from_pretrained(folder, subfolder=name).state_dict())
+        if ema is not None:
+            device = ema.shadow_params[0].device
+            ema.load_state_dict(EMAModel.from_pretrained(Path(folder, f"{name}_ema"), model_class).state_dict())
+            ema.to(device=device, dtype=torch.float32)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator, args, state):
+    """Write `checkpoint-{step}` to a temporary folder, rename it, then remove old ones. All processes call this.
+
+    `state` needs `step` and goes to `training_state.json`, whose presence marks a checkpoint as complete.
+    """
+    output = Path(args.output_dir)
+    final, temporary = output / f"checkpoint-{state['step']}", output / f"tmp-checkpoint-{state['step']}"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (temporary / "training_state.json").write_text(json.dumps(state, indent=2))
+        shutil.rmtree(final, ignore_errors=True)  # only after resuming from an older one
+        os.replace(temporary, final)
+        if args.checkpoints_total_limit:
+            steps = sorted(int(p.name.split("-")[1]) for p in output.glob("checkpoint-*") if p.name[11:].isdigit())
+            for step in steps[: -args.checkpoints_total_limit]:
+                shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, folder):
+    """Restore what `save_checkpoint` wrote and return its `state`. All processes call this."""
+    try:
+        state = json.loads(Path(folder, "training_state.json").read_text())
+        accelerator.load_state(folder)
+    except Exception as error:  # whatever a damaged file makes torch, safetensors or json raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another one.") from error
+    accelerator.print(f"Resuming from {folder} at step {state['step']}.")
+    return state
+
+
+@torch.no_grad()
+def draw_samples(accelerator, args, pipe, step):
+    """Images for every validation prompt, to the tracker and as a grid (a row per prompt) in `samples/`.
+
+    The seeds are the same at every step, so that drawings can be compared; no other random state is touched.
+    """
+    images = []
+    for prompt in args.validation_prompts:
+        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
+        with accelerator.autocast():
+            images += pipe(
+                [prompt] * args.num_validation_images,
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=args.validation_guidance_scale,
+                generator=generators,
+            ).images
+    folder = Path(args.output_dir, "samples")
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = make_image_grid(images, rows=len(args.validation_prompts), cols=args.num_validation_images)
+    grid.save(folder / f"step-{step:06d}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", np.asarray(grid), step, dataformats="HWC")
+
+
+class Log:
+    """Progress bar, tracker and `train_log.jsonl`; means are over processes and micro-batches since the last step.
+
+    One reduction per optimizer step serves the bar and the check that the loss is finite.
+    """
+
+    def __init__(self, accelerator, args, first_step):
+        self.accelerator, self.args = accelerator, args
+        self.bar = tqdm(
+            initial=first_step,
+            total=args.max_train_steps,
+            desc="steps",
+            disable=not accelerator.is_local_main_process,
+        )
+        self.window, self.images, self.started = [], 0, time.perf_counter()
+
+    def add(self, losses):
+        """Losses of one micro-batch, name -> scalar tensor; the first is the one that is minimised."""
+        self.window.append({name: value.detach().float() for name, value in losses.items()})
+
+    def reduce(self):
+        """Global means of the window, name -> float: one synchronisation. All processes call this."""
+        means = torch.stack([torch.stack([losses[name] for losses in self.window]).mean() for name in self.window[0]])
+        names, self.window = list(self.window[0]), []
+        return dict(zip(names, self.accelerator.reduce(means, "mean").tolist()))
+
+    def step(self, step, losses, extra):
+        """Advance the bar; `losses` are shown, and at logging steps written with the numbers of `extra()`."""
+        self.images += self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.bar.update(1)
+        if step % self.args.logging_steps and step != self.args.max_train_steps:
+            return
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
+        rate, self.images = self.images * self.accelerator.num_processes / seconds, 0
+        values = {**losses, **extra(), "images_per_second": rate}
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in {**losses, "img/s": rate}.items()})
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with open(Path(self.args.output_dir, "train_log.jsonl"), "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
