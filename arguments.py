@@ -106,7 +106,7 @@ def add_training_arguments(parser, output_dir):
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", help="learning-rate schedule, in optimizer steps",
         choices="linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split())
-    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up (schedules that have one)")
+    add("--lr_warmup_steps", type=int, help="optimizer steps of warm-up, 500 by default (schedules that have one)")
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     add("--lr_power", type=number, default=1.0, help="power of the polynomial schedule")
     add("--adam_beta1", type=number, default=0.9, help="AdamW's beta1")
@@ -227,12 +227,27 @@ def check_values(args):
         raise UserError(f"--lpl_max_samples {args.lpl_max_samples} must be a whole number, or below 1.")
     if not args.use_ema and (args.ema_decay is not None or args.offload_ema or args.foreach_ema):
         raise UserError("--ema_decay, --offload_ema and --foreach_ema have no effect without --use_ema: add it.")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        raise UserError("--lr_warmup_steps needs a schedule with a warm-up: --lr_scheduler constant_with_warmup?")
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = 500
+    if args.lpl_weight not in ("auto", 0):
+        check_unused(args, "--lpl_target_share", f"--lpl_weight {args.lpl_weight}")
+    if not args.lpl_outlier_mask:
+        check_unused(args, "--lpl_outlier_source", "--no-lpl_outlier_mask")
+    if args.lpl_normalization in ("target", "channel_l2"):
+        check_unused(args, "--no-lpl_detach_stats", f"--lpl_normalization {args.lpl_normalization}")
     if not (args.train_data_dir or args.dataset_name):
         raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
     if args.train_data_dir and args.dataset_name:
         raise UserError("--train_data_dir and --dataset_name exclude each other: give one of them.")
     if args.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--report_to tensorboard needs `pip install tensorboard`; or use --report_to none.")
+
+
+def check_unused(args, flag, because):
+    if args.lpl_weight != 0 and flag in args.given_lpl_flags:
+        raise UserError(f"{flag} has no effect with {because}: leave one of them out.")
 
 
 def check_folders(args):
@@ -318,32 +333,35 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
 
 def check_output_dir(args):
     """Nothing that the user has is overwritten; sets `args.resume_from_checkpoint` to a folder or None."""
-    output = Path(args.output_dir)
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
-    checkpoints = sorted(
-        (p for p in output.glob("checkpoint-*") if is_complete(p)), key=lambda p: int(p.name.split("-")[1])
-    )
-    wanted = args.resume_from_checkpoint
-    if wanted in (None, "latest") and ((output / "model_index.json").exists() or checkpoints):
-        if not checkpoints or not wanted:
-            remedy = " or continue it with --resume_from_checkpoint latest" if checkpoints else ""
-            raise UserError(f"--output_dir {output} holds another run: choose another folder{remedy}.")
+    checkpoints = complete_checkpoints(output)
+    finished = (output / "model_index.json").exists()
+    if wanted is None and checkpoints:
+        raise UserError(
+            f"--output_dir {output} holds another run: choose another folder, or continue it with "
+            "--resume_from_checkpoint latest."
+        )
+    if wanted in (None, "latest") and finished and not checkpoints:
+        raise UserError(f"--output_dir {output} holds a saved model: choose another folder.")
     if wanted == "latest":
         if not checkpoints:
             print(f"--resume_from_checkpoint latest: no checkpoint in {output} yet, starting at step 0.")
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
     elif wanted:
-        folder = next((p for p in (Path(wanted), output / wanted) if p.is_dir()), None)
+        folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
         if folder is None:
             raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder; `latest` finds the newest.")
-        if not is_complete(folder):
+        if not (folder / "training_state.json").is_file():
             raise UserError(
                 f"--resume_from_checkpoint {folder} is incomplete (no training_state.json): choose another checkpoint."
             )
         args.resume_from_checkpoint = str(folder)
 
 
-def is_complete(checkpoint):
-    """Checkpoints are renamed into place when all is written; the state file guards against partial copies."""
-    return checkpoint.name.split("-")[-1].isdigit() and (checkpoint / "training_state.json").is_file()
+def complete_checkpoints(output):
+    """The folders `checkpoint-{step}` that are complete, oldest first."""
+    names = (path for path in Path(output).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdigit())
+    complete = (path for path in names if (path / "training_state.json").is_file())
+    return sorted(complete, key=lambda path: int(path.name[len("checkpoint-") :]))

@@ -6,8 +6,8 @@ Read it beside the paper:
     sigma_gate              Eq. 3, delta   which samples have little enough noise
     outlier_mask            Algorithm 1    which positions of a feature map count
     LatentPerceptualLoss    Eq. 2, Eq. 3   decoder features, normalised, masked, weighted, compared
-    lpl_term                               gate + cost bound + loss: the one call of a training step
-    weight_for_share        Fig. 9         the weight that makes LPL a given share of the total loss
+    lpl_term                gate + cost bound + loss: the one call of a training step
+    calibrate               Fig. 9         the weight that makes LPL a given share of the total loss
 
 Shapes: B batch, C channels, h x w positions of a latent or feature map, L hooked decoder blocks.
 Latents are *scaled* (what the denoiser sees) unless a name says *unscaled* (what the decoder wants).
@@ -158,6 +158,7 @@ class LatentPerceptualLoss:
         self.weighting, self.mask_outliers, self.outlier_source = weighting, mask_outliers, outlier_source
         self.chunk_size, self.gradient_checkpointing = chunk_size, gradient_checkpointing
         self.unscale = unscale or self._unscale
+        self.weight = None  # w_LPL: set by the caller or by `calibrate`; kept here to be saved with omega
 
         decoder = getattr(vae, "decoder", None)
         mid_block, up_blocks = getattr(decoder, "mid_block", None), getattr(decoder, "up_blocks", None) or []
@@ -213,14 +214,14 @@ class LatentPerceptualLoss:
         self.omega = means[0] / means
 
     def state_dict(self):
-        """What calibration froze: `{"omega": [L]}`."""
-        return {"omega": self.omega.clone()}
+        """What calibration froze: `{"omega": [L] tensor, "weight": float or None}`."""
+        return {"omega": self.omega.clone(), "weight": self.weight}
 
     def load_state_dict(self, state_dict):
         omega = torch.as_tensor(state_dict["omega"]).double().cpu()
         if omega.shape != self.omega.shape:
             raise ValueError(f"the saved omega is for {len(omega)} blocks, this loss has {len(self.blocks)}.")
-        self.omega = omega.clone()
+        self.omega, self.weight = omega.clone(), state_dict["weight"]
 
     # Eq. 2: the decoder's features
 
@@ -440,7 +441,8 @@ def lpl_term(lpl, model_pred, z_t, z0, alpha, sigma, prediction_type, tau, max_s
     Returns:
         loss: scalar, sum over the passing samples divided by the **whole** batch: a gated-out sample counts as zero.
         stats: those of the loss, `[k, L]` for the k samples decoded; `gated_share`, the share of the batch that
-            passed; `sample_weight`, what each decoded sample's loss was multiplied by, 1 / B included.
+            passed; `sample_weight`, what each decoded sample's loss was multiplied by, 1 / B included; `chosen` `[k]`,
+        their indices in the batch (CPU), and `sample_loss` `[k]`.
     """
     passing = sigma_gate(alpha, sigma, tau).nonzero().flatten()
     chosen, weight = passing, 1.0
@@ -456,12 +458,57 @@ def lpl_term(lpl, model_pred, z_t, z0, alpha, sigma, prediction_type, tau, max_s
     z0_hat = predict_z0(model_pred[index], z_t[index], alpha[chosen], sigma[chosen], prediction_type)
     loss, stats = lpl(z0_hat, z0[index])
     sample_weight = weight / len(z0)
-    stats = {**stats, "gated_share": len(passing) / len(z0), "sample_weight": sample_weight}
+    stats |= {"gated_share": len(passing) / len(z0), "sample_weight": sample_weight}
+    stats |= {"chosen": chosen, "sample_loss": loss.detach()}
     return sample_weight * loss.sum(), stats
 
 
-def weight_for_share(diffusion_loss, lpl_loss, target_share):
-    """The w for which w * LPL is `target_share` of diffusion loss + w * LPL (Fig. 9), from sums of both terms."""
-    if not lpl_loss > 0:
-        raise ValueError("no sample passed LPL's gate while its weight was measured.")
-    return target_share / (1 - target_share) * diffusion_loss / lpl_loss
+@torch.no_grad()
+def calibrate(lpl, measurements, target_share=None, reduce=lambda sums: sums):
+    """Freeze what has to be measured: omega if the weighting is `balanced`, and w if a share is asked for.
+
+    The weight is the w for which w * LPL is `target_share` of diffusion loss + w * LPL (the paper's w = 3 is "about a
+    fifth of the total", Fig. 9), from sums over batches of both terms as they are added, zeros included.
+
+    Args:
+        lpl: a `LatentPerceptualLoss`; its `omega` and `weight` are set.
+        measurements: pairs (diffusion loss, stats of `lpl_term`), one per batch.
+        target_share: s in (0, 1), or None if the weight is given.
+        reduce: sums a tensor over all processes.
+
+    Raises:
+        ValueError: no sample passed the gate, or LPL or the diffusion loss is not finite.
+    """
+    # [1 + L]: the diffusion loss and each layer's term before omega
+    sums = sum(
+        torch.cat([loss.reshape(1).double(), stats["sample_weight"] * stats["block_loss"].sum(0).double()])
+        for loss, stats in measurements
+    )
+    diffusion_loss, block_losses = (part.cpu() for part in reduce(sums).split([1, len(lpl.blocks)]))
+    if not (block_losses > 0).all() or not sums.isfinite().all():
+        raise ValueError("no sample passed LPL's gate, or a loss was not finite, while LPL's weight was measured")
+    if lpl.weighting == "balanced":
+        lpl.balance(block_losses)
+    if target_share is not None:
+        ratio = diffusion_loss / (lpl.omega * block_losses).sum()
+        lpl.weight = (target_share / (1 - target_share) * ratio).item()
+
+
+def compare_gradients(model_pred, diffusion_loss, lpl_loss):
+    """Norms of both terms' gradients with respect to the prediction, and their cosine; keeps the graph."""
+    gradients = [torch.autograd.grad(loss, model_pred, retain_graph=True)[0] for loss in (diffusion_loss, lpl_loss)]
+    first, second = (g.detach().float().flatten() for g in gradients)
+    return {
+        "grad_norm_diffusion": first.norm(),
+        "grad_norm_lpl": second.norm(),
+        "grad_cosine": F.cosine_similarity(first, second, dim=0),
+    }
+
+
+def summarize(stats):
+    """The stats of `lpl_term` as numbers for a log: means over the decoded samples, one per block and kind."""
+    summary = {"gated_share": stats["gated_share"]}
+    if len(stats["chosen"]):
+        for name in STATS:
+            summary |= {f"{name}/{l}": value for l, value in enumerate(stats[name].mean(0).tolist())}
+    return summary

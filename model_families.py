@@ -4,11 +4,19 @@ Each family is a class with the same few methods; the training loop knows nothin
 Shapes: B batch, C latent channels, h x w latent positions, H x W pixels.
 """
 
+from pathlib import Path
+
+import diffusers
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from arguments import UserError, check_configs, is_folder_name, vae_folder
+
+
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 class StableDiffusion:
@@ -27,16 +35,17 @@ class StableDiffusion:
 
     def __init__(self, args, device, weight_dtype, vae_dtype):
         self.args, self.device = args, device
-        self.hub = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-        self.pipe = self._load_pipeline(**self._load_vae(), torch_dtype=torch.float32, **self.without_checker)
+        self._check_configs()
+        dtypes = {"default": torch.float32, "text_encoder": weight_dtype, "vae": vae_dtype}
+        vae = self._load_vae(vae_dtype)
+        self.pipe = self._load_pipeline(**vae, **self.without_checker, dtype=dtypes)
         self.unet, self.vae = self.pipe.unet, self.pipe.vae
         self.pipe.scheduler = self._inference_scheduler(self.pipe.scheduler)
         # What DDPMScheduler does not know of the pipeline's scheduler does not concern training.
         self.noise_scheduler = DDPMScheduler.from_config(dict(self.pipe.scheduler.config))
-        check_configs(args, self.vae.config, self.unet.config, self.pipe.scheduler.config)
         self.prediction_type = self.noise_scheduler.config.prediction_type
-        self.pipe.text_encoder.requires_grad_(False).eval().to(device, weight_dtype)
-        self.vae.requires_grad_(False).eval().to(vae_dtype)
+        self.pipe.text_encoder.requires_grad_(False).eval().to(device)
+        self.vae.requires_grad_(False).eval()
         self.place_vae(decoder=args.lpl_weight != 0)
         abar = self.noise_scheduler.alphas_cumprod
         self.alphas, self.sigmas = abar.sqrt(), (1 - abar).sqrt()  # [T], on the CPU
@@ -57,6 +66,12 @@ class StableDiffusion:
         """Captions -> keyword arguments of the UNet."""
         embeds, _ = self.pipe.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
+
+    def decode_images(self, latents):
+        """Scaled latents -> a list of PIL images."""
+        latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
+        images = self.vae.decode(latents.to(self.vae.dtype)).sample
+        return self.pipe.image_processor.postprocess(images.float())
 
     def sample_timesteps(self, generators):
         """Uniform timesteps `[B]` on the CPU."""
@@ -80,30 +95,50 @@ class StableDiffusion:
 
     def save_pipeline(self, unet, folder):
         """Save a stock pipeline: the new UNet, a scheduler that says how it was trained, the rest as it was."""
-        unet.save_pretrained(folder / "unet")  # first what training made, should the base model be out of reach
-        vae = {name: model.float() for name, model in self._load_vae().items()}
-        pipe = self._load_pipeline(unet=unet, scheduler=self.pipe.scheduler, **vae)
+        unet.save_pretrained(Path(folder, "unet"))  # first what training made, should the base model be out of reach
+        pipe = self._load_pipeline(unet=unet, scheduler=self.pipe.scheduler, **self._load_vae(torch.float32))
         pipe.save_pretrained(folder)
+
+    # Loading and checking
 
     without_checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
-    def _load_pipeline(self, **components):
-        name = self.args.pretrained_model_name_or_path
-        return load(self.pipeline_class, name, "--pretrained_model_name_or_path", **self.hub, **components)
+    def _check_configs(self):
+        """What can be refused before the weights are downloaded and loaded."""
+        name, flag, hub = self.args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", self._hub()
+        index = load(self.pipeline_class, name, flag, "load_config", **hub)
+        if index["_class_name"] != self.pipeline_class.__name__:
+            raise UserError(f"{flag} {name} is a {index['_class_name']}, not a {self.pipeline_class.__name__}.")
+        unet_config = load(UNet2DConditionModel, name, flag, "load_config", subfolder="unet", **hub)
+        scheduler_config = load(DDPMScheduler, name, flag, "load_config", subfolder="scheduler", **hub)
+        if self.args.pretrained_vae_model_name_or_path:
+            vae_config = self._vae_config()
+        else:
+            vae_config = load(AutoencoderKL, name, flag, "load_config", subfolder="vae", **hub)
+        check_configs(self.args, vae_config, unet_config, scheduler_config)
 
-    def _load_vae(self):
-        """`{"vae": the VAE of --pretrained_vae_model_name_or_path}`, or nothing if the flag is not given."""
+    def _hub(self, **more):
+        return {"revision": self.args.revision, "cache_dir": self.args.cache_dir, **more}
+
+    def _load_pipeline(self, **components):
+        name, hub = self.args.pretrained_model_name_or_path, self._hub(variant=self.args.variant)
+        return load(self.pipeline_class, name, "--pretrained_model_name_or_path", **hub, **components)
+
+    def _vae_source(self):
         name = self.args.pretrained_vae_model_name_or_path
-        if not name:
+        return vae_folder(name) if is_folder_name(name) else name
+
+    def _vae_config(self):
+        flag = "--pretrained_vae_model_name_or_path"
+        return load(AutoencoderKL, self._vae_source(), flag, "load_config", cache_dir=self.args.cache_dir)
+
+    def _load_vae(self, dtype):
+        """`{"vae": the VAE of --pretrained_vae_model_name_or_path}`, or nothing if the flag is not given."""
+        if not self.args.pretrained_vae_model_name_or_path:
             return {}
-        flag, cache = "--pretrained_vae_model_name_or_path", {"cache_dir": self.args.cache_dir}
-        if is_folder_name(name):
-            name = vae_folder(name)
-        classes = {c.__name__: c for c in (AutoencoderKL, AsymmetricAutoencoderKL)}
-        config = load(AutoencoderKL, name, flag, method="load_config", **cache)
-        if config.get("_class_name") not in classes:
-            raise UserError(f"{flag} {name} is a {config.get('_class_name')}; supported are {', '.join(classes)}.")
-        return {"vae": load(classes[config["_class_name"]], name, flag, torch_dtype=torch.float32, **cache)}
+        vae_class = getattr(diffusers, self._vae_config()["_class_name"])
+        settings = {"dtype": dtype, "cache_dir": self.args.cache_dir}
+        return {"vae": load(vae_class, self._vae_source(), "--pretrained_vae_model_name_or_path", **settings)}
 
     def _inference_scheduler(self, scheduler):
         """The scheduler that is saved: it must know the prediction type and the noise schedule trained with."""
@@ -123,7 +158,7 @@ def add_noise(latents, noise, alpha, sigma):
 
 
 def training_target(latents, noise, alpha, sigma, prediction_type):
-    """What the denoiser should output (METHOD: epsilon, v = alpha eps - sigma z_0, z_0, or eps - z_0)."""
+    """What the denoiser should output: eps, v = alpha eps - sigma z_0, z_0, or (flow matching) eps - z_0."""
     alpha, sigma = (s.to(latents).view(-1, 1, 1, 1) for s in (alpha, sigma))
     return {
         "epsilon": lambda: noise,

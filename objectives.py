@@ -1,6 +1,42 @@
-"""What the Latent Perceptual Loss is compared with: other objectives and timestep weights. So far min-SNR."""
+"""The objectives that a script can be asked for: LPL from its flags, and what it is compared with (so far min-SNR)."""
 
 import torch
+
+from arguments import UserError
+from lpl_utils import LatentPerceptualLoss
+
+
+def make_lpl(args, vae, unscale=None):
+    """The Latent Perceptual Loss that the `--lpl_` flags describe. Raises UserError if this VAE can't give it."""
+    try:
+        lpl = LatentPerceptualLoss(
+            vae,
+            num_blocks=args.lpl_num_blocks,
+            normalization=args.lpl_normalization,
+            detach_stats=args.lpl_detach_stats,
+            weighting=args.lpl_weighting,
+            reduction=args.lpl_reduction,
+            mask_outliers=args.lpl_outlier_mask,
+            outlier_source=args.lpl_outlier_source,
+            chunk_size=args.lpl_chunk_size,
+            unscale=unscale,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+    except ValueError as error:
+        raise UserError(f"LPL can't be computed: {error} (--lpl_weight 0 trains without it)") from error
+    if args.lpl_weight != "auto" and args.lpl_weighting != "balanced":
+        lpl.weight = args.lpl_weight  # nothing is left to be measured
+    return lpl
+
+
+def resume_lpl(args, lpl, state):
+    """What calibration froze is not measured again; a number given now for `--lpl_weight` counts, though."""
+    try:
+        lpl.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"--lpl_num_blocks {args.lpl_num_blocks} differs from the run to resume: {error}") from error
+    if args.lpl_weight != "auto":
+        lpl.weight = args.lpl_weight
 
 
 def min_snr_weight(alpha, sigma, gamma, prediction_type):

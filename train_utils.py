@@ -4,6 +4,7 @@ Nothing here knows of the Latent Perceptual Loss. Functions that all processes m
 """
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -20,10 +21,11 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
-from arguments import UserError
+from arguments import UserError, complete_checkpoints
 
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LOG_FILE = "train_log.jsonl"
 
 
 def make_accelerator(args):
@@ -40,9 +42,13 @@ def make_accelerator(args):
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from error
-    if args.seed is None:
+    if args.resume_from_checkpoint:
+        seed = read_training_state(args.resume_from_checkpoint)["seed"]
+        if args.seed not in (None, seed):
+            raise UserError(f"--seed {args.seed}: the run to resume has seed {seed}; leave the flag out.")
+        args.seed = seed
+    elif args.seed is None:
         args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
-        accelerator.print(f"--seed {args.seed} was drawn; give it to repeat this run.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -72,8 +78,9 @@ def make_lr_scheduler(args, optimizer):
     return get_scheduler(args.lr_scheduler, optimizer, **schedule, **cycles)
 
 
-def make_ema(args, model, decay):
+def make_ema(args, model, default_decay):
     """A float32 average of the model's weights; in bf16 a decay near 1 would never move it."""
+    decay = default_decay if args.ema_decay is None else args.ema_decay
     device = "cpu" if args.offload_ema else next(model.parameters()).device
     ema = EMAModel(
         model.parameters(), decay, model_cls=type(model), model_config=model.config, foreach=args.foreach_ema
@@ -127,10 +134,10 @@ def register_checkpoint_models(accelerator, name, model, ema):
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator, args, state):
+def save_checkpoint(accelerator, args, **state):
     """Write `checkpoint-{step}` to a temporary folder, rename it, then remove old ones. All processes call this.
 
-    `state` needs `step` and goes to `training_state.json`, whose presence marks a checkpoint as complete.
+    `state` (which needs `step`) goes to `training_state.json`, whose presence marks a checkpoint as complete.
     """
     output = Path(args.output_dir)
     final, temporary = output / f"checkpoint-{state['step']}", output / f"tmp-checkpoint-{state['step']}"
@@ -141,46 +148,65 @@ def save_checkpoint(accelerator, args, state):
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "training_state.json").write_text(json.dumps(state, indent=2))
-        shutil.rmtree(final, ignore_errors=True)  # only after resuming from an older one
+        (temporary / "training_state.json").write_text(json.dumps(state, indent=2, default=torch.Tensor.tolist))
+        shutil.rmtree(final, ignore_errors=True)  # there only after resuming from an older one
         os.replace(temporary, final)
         if args.checkpoints_total_limit:
-            steps = sorted(int(p.name.split("-")[1]) for p in output.glob("checkpoint-*") if p.name[11:].isdigit())
-            for step in steps[: -args.checkpoints_total_limit]:
-                shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+            for old in complete_checkpoints(output)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
 def load_checkpoint(accelerator, folder):
     """Restore what `save_checkpoint` wrote and return its `state`. All processes call this."""
+    state = read_training_state(folder)
     try:
-        state = json.loads(Path(folder, "training_state.json").read_text())
         accelerator.load_state(folder)
-    except Exception as error:  # whatever a damaged file makes torch, safetensors or json raise
+    except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another one.") from error
     accelerator.print(f"Resuming from {folder} at step {state['step']}.")
     return state
 
 
+def read_training_state(folder):
+    try:
+        return json.loads(Path(folder, "training_state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume_from_checkpoint {folder} is damaged ({error}): choose another one.") from error
+
+
+def start_run(accelerator, args):
+    """Create the output folder, start the tracker with the run's settings. All processes call this."""
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if not args.resume_from_checkpoint and accelerator.is_main_process:
+        Path(args.output_dir, LOG_FILE).unlink(missing_ok=True)  # of a run that left nothing else
+    kinds = (int, float, str, bool)
+    settings = {name: value if isinstance(value, kinds) else str(value) for name, value in vars(args).items()}
+    accelerator.init_trackers(args.tracker_project_name, settings)
+
+
 @torch.no_grad()
-def draw_samples(accelerator, args, pipe, step):
+def draw_samples(accelerator, args, pipe, decode, step):
     """Images for every validation prompt, to the tracker and as a grid (a row per prompt) in `samples/`.
 
     The seeds are the same at every step, so that drawings can be compared; no other random state is touched.
+    `decode` turns scaled latents into PIL images, in the VAE's own precision.
     """
     images = []
     for prompt in args.validation_prompts:
         generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
         with accelerator.autocast():
-            images += pipe(
+            latents = pipe(
                 [prompt] * args.num_validation_images,
                 height=args.resolution,
                 width=args.resolution,
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=args.validation_guidance_scale,
                 generator=generators,
+                output_type="latent",
             ).images
+        images += decode(latents)
     folder = Path(args.output_dir, "samples")
     folder.mkdir(parents=True, exist_ok=True)
     grid = make_image_grid(images, rows=len(args.validation_prompts), cols=args.num_validation_images)
@@ -191,42 +217,69 @@ def draw_samples(accelerator, args, pipe, step):
 
 
 class Log:
-    """Progress bar, tracker and `train_log.jsonl`; means are over processes and micro-batches since the last step.
+    """Progress bar, tracker and `train_log.jsonl`; losses are means over processes and forward passes.
 
     One reduction per optimizer step serves the bar and the check that the loss is finite.
     """
 
     def __init__(self, accelerator, args, first_step):
         self.accelerator, self.args = accelerator, args
-        self.bar = tqdm(
-            initial=first_step,
-            total=args.max_train_steps,
-            desc="steps",
-            disable=not accelerator.is_local_main_process,
-        )
-        self.window, self.images, self.started = [], 0, time.perf_counter()
+        hide = not accelerator.is_local_main_process
+        self.bar = tqdm(initial=first_step, total=args.max_train_steps, desc="steps", disable=hide)
+        self.terms, self.samples, self.steps, self.started = [], [], [], time.perf_counter()
 
-    def add(self, losses):
-        """Losses of one micro-batch, name -> scalar tensor; the first is the one that is minimised."""
-        self.window.append({name: value.detach().float() for name, value in losses.items()})
+    def is_due(self, step):
+        """Whether this step is logged: every --logging_steps, and the last."""
+        return step % self.args.logging_steps == 0 or step == self.args.max_train_steps
 
-    def reduce(self):
-        """Global means of the window, name -> float: one synchronisation. All processes call this."""
-        means = torch.stack([torch.stack([losses[name] for losses in self.window]).mean() for name in self.window[0]])
-        names, self.window = list(self.window[0]), []
-        return dict(zip(names, self.accelerator.reduce(means, "mean").tolist()))
+    def add(self, terms, sample_losses, noise_levels):
+        """One forward pass: the loss's terms (name -> scalar), and per sample `[B]` the loss and sigma / alpha."""
+        self.terms.append({name: term.detach().float() for name, term in terms.items()})
+        self.samples.append(torch.stack([sample_losses.float(), noise_levels.to(sample_losses.device).float()]))
 
-    def step(self, step, losses, extra):
-        """Advance the bar; `losses` are shown, and at logging steps written with the numbers of `extra()`."""
-        self.images += self.args.train_batch_size * self.args.gradient_accumulation_steps
+    def reduce(self, step):
+        """Global means since the last call, name -> float, `loss` being their sum. All processes call this.
+
+        Raises UserError if it is not finite, naming the step and the noise levels of the samples to blame.
+        """
+        means = torch.stack([torch.stack([terms[name] for terms in self.terms]).mean() for name in self.terms[0]])
+        values = self.accelerator.reduce(means, "mean").tolist()
+        losses = {"loss": sum(values), **dict(zip(self.terms[0], values))}
+        if not math.isfinite(losses["loss"]):
+            sample_losses, levels = self.accelerator.gather(torch.cat(self.samples, dim=1).T.contiguous()).T
+            blame = ", ".join(f"{level:.3g}" for level in levels[~sample_losses.isfinite()][:8].tolist()) or "all"
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            raise UserError(
+                f"step {step + 1}: {shown}; the samples to blame have noise level sigma/alpha {blame}. The weights "
+                "did not move and the last checkpoint is intact: resume from it with a lower --learning_rate or "
+                "another --mixed_precision or --vae_dtype."
+            )
+        self.terms, self.samples = [], []
+        return losses
+
+    def step(self, step, losses, more):
+        """Advance the bar, which shows this step's losses as `reduce` returned them.
+
+        When a log is due, write their means over the steps since the last log, and `more` (name -> number).
+        """
+        self.steps.append(losses)
         self.bar.update(1)
-        if step % self.args.logging_steps and step != self.args.max_train_steps:
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in with_shares(losses).items()}, refresh=False)
+        if not self.is_due(step):
             return
+        means = {name: np.mean([losses.get(name, 0) for losses in self.steps]) for name in losses}
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
-        rate, self.images = self.images * self.accelerator.num_processes / seconds, 0
-        values = {**losses, **extra(), "images_per_second": rate}
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in {**losses, "img/s": rate}.items()})
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        values = {**with_shares(means), **more, "images_per_second": len(self.steps) * per_step / seconds}
+        values = {name: float(value) for name, value in values.items()}
+        self.steps = []
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with open(Path(self.args.output_dir, "train_log.jsonl"), "a") as file:
+            with open(Path(self.args.output_dir, LOG_FILE), "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def with_shares(losses):
+    """Adds what share of the loss each term has that is not the diffusion loss."""
+    terms = [name for name in losses if name not in ("loss", "l2")]
+    return losses | {f"{name}_share": losses[name] / losses["loss"] for name in terms}

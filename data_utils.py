@@ -1,0 +1,545 @@
+"""Images and captions for training, from a folder or a `datasets` dataset, as an endless and reproducible stream.
+
+Everything about a training sample is a function of (seed, position). Positions 0, 1, 2, ... run through shuffled
+epochs laid end to end: position p is sample `permutation(seed, p // N)[p % N]`, and its crop, flip and caption are
+drawn from generators seeded with p. So the order does not depend on the number of workers, a resumed run needs only
+the position at which to go on, and two processes with batch size B see what one process with 2B sees.
+
+    read_image_folder, read_hub_dataset    samples: (image, caption) pairs
+    limit_samples, check_images            fewer samples: `--max_train_samples`, unreadable images
+    load_image, transform                  file -> 8-bit RGB -> pixels in [-1, 1]
+    TrainingStream                         position -> training sample
+    build_dataloader                       the batches of one rank, from a start position on
+
+In a sample, image is a path or the bytes of an image file, and caption a string or a list of strings of which one is
+drawn each time. Shapes: B batch, H = W = resolution. Only numpy and Pillow are imported at the top: a folder can be
+read and checked before torch is loaded.
+"""
+
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from arguments import UserError
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MAX_CHECKED_IMAGES = 10_000  # read before training; of a larger set, at most so many at even distances
+
+# Pillow's default takes a photo of 90 megapixels for an attack. It warns above this limit and refuses (for us: a bad
+# image) above twice as much, where one decoded image takes 2 GB.
+Image.MAX_IMAGE_PIXELS = 250_000_000
+
+# What Pillow raises for a file that is not, or not wholly, an image.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+# Every kind of random decision has its own generators: more caption dropout leaves all crops as they were.
+EPOCH_ORDER, CROP_AND_FLIP, CAPTION = range(3)
+
+
+# Sources
+
+
+def read_image_folder(train_data_dir, image_column=None, caption_column=None):
+    """Reads a folder laid out as for Hugging Face's ImageFolder: images, in sub-folders too, and metadata files.
+
+    A `metadata.jsonl`, `.csv` or `.parquet` has a column `file_name`, relative to its own folder, and captions: in
+    `caption_column`, or else in `text`, or else in the only text column there is. Every row is a sample.
+
+    Returns: a list of (path, caption), sorted by path. Raises `UserError` for whatever is missing or malformed.
+    """
+    if image_column not in (None, "image", "file_name"):
+        raise UserError(
+            f"--image_column {image_column} does not apply to --train_data_dir, where the metadata's column file_name "
+            "names the images; leave the flag out."
+        )
+    if not os.path.isdir(train_data_dir):
+        raise UserError(f"--train_data_dir {train_data_dir} is not a folder; give the folder that holds the images.")
+    images, metadata_paths = _scan_folder(train_data_dir)
+    if not images:
+        raise UserError(
+            f"--train_data_dir {train_data_dir} contains no images ({' '.join(IMAGE_EXTENSIONS)}); give a folder of "
+            "image files, or name a dataset or its parquet file with --dataset_name."
+        )
+    rows = [(path, row) for path in metadata_paths for row in _read_metadata(path)]
+    if not rows:
+        raise UserError(
+            f"--train_data_dir {train_data_dir} has no captions; write a metadata.jsonl there with one line per image "
+            'such as {"file_name": "cat.jpg", "text": "a cat on a sofa"}.'
+        )
+    caption_column = _choose_caption_column([row for _, row in rows], caption_column)
+
+    samples, missing = [], []
+    for metadata_path, row in rows:
+        path = os.path.normpath(os.path.join(os.path.dirname(metadata_path), row["file_name"]))
+        samples.append((path, row.get(caption_column)))
+        if not os.path.isfile(path):
+            missing.append(f"{row['file_name']} in {metadata_path}")
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the metadata rows name a file that is not there (first: {missing[0]}); correct "
+            "file_name, which is relative to the metadata file, or remove the rows."
+        )
+    _check_captions(samples, caption_column)
+    unused = images - {path for path, _ in samples}
+    if unused:
+        logger.warning(
+            f"{len(unused)} of the images in --train_data_dir {train_data_dir} will not be used, because no metadata "
+            f"row names them (first: {min(unused)})."
+        )
+    return sorted(samples, key=lambda sample: sample[0])
+
+
+def _scan_folder(folder):
+    """The paths of all images, as a set, and of all metadata files, as a list, leaving out what is hidden."""
+    images, metadata_paths = set(), []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found = [os.path.join(root, name) for name in METADATA_FILES if name in files]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]} are both there; keep the one that is meant.")
+        metadata_paths += found
+        names = [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
+        images.update(os.path.normpath(os.path.join(root, name)) for name in names)
+    return images, metadata_paths
+
+
+def _read_metadata(path):
+    """The rows of a metadata file: dicts with a file_name."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            if path.endswith(".parquet"):
+                import pyarrow.parquet
+
+                table = pyarrow.parquet.read_table(file).to_pylist()
+            else:
+                lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+                is_csv = path.endswith(".csv")
+                table = csv.DictReader(lines, strict=True) if is_csv else map(json.loads, filter(str.strip, lines))
+            for row in table:
+                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                    raise ValueError("it has no file_name")
+                if None in row:  # otherwise the caption would silently end at its first comma
+                    raise ValueError("it has more fields than there are columns: a caption with commas needs quotes")
+                rows.append(row)
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f"row {len(rows) + 1} of {path} cannot be read ({_reason(error)}); correct it.") from None
+    return rows
+
+
+def _choose_caption_column(rows, caption_column):
+    columns = list(dict.fromkeys(name for row in rows for name in row if name != "file_name"))
+    if caption_column is None:
+        texts = [name for name in columns if any(isinstance(row.get(name), (str, list)) for row in rows)]
+        caption_column = texts[0] if len(texts) == 1 and "text" not in columns else "text"
+    if caption_column not in columns:
+        raise UserError(
+            f"the metadata has no caption column {caption_column}; choose one that is there with --caption_column: "
+            f"{', '.join(columns) or 'none is, so add one'}."
+        )
+    return caption_column
+
+
+def _check_captions(captions, caption_column):
+    """Raises `UserError` unless every caption, given with a name for its sample, is text or a list of texts."""
+
+    def is_text(caption):
+        return isinstance(caption, str) and bool(caption.strip())
+
+    bad = []
+    for name, caption in captions:
+        if not (is_text(caption) or (isinstance(caption, list) and caption and all(map(is_text, caption)))):
+            bad.append(f"{caption!r:.60} for {name}")
+    if bad:
+        raise UserError(
+            f"{len(bad)} of the captions in column {caption_column} are empty or no text (first: {bad[0]}); complete "
+            "or remove such rows, or choose another column with --caption_column."
+        )
+
+
+@dataclass
+class HubSamples:
+    """Rows of a `datasets` dataset as (image bytes or path, caption) pairs, read one at a time."""
+
+    dataset: object  # datasets.Dataset whose image column is not decoded
+    image_column: str
+    caption_column: str
+    rows: np.ndarray  # [N] int64, the rows that are used
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.dataset[int(self.rows[index])]
+        image = row[self.image_column] or {"bytes": None, "path": None}
+        return image["bytes"] or image["path"] or b"", row[self.caption_column]
+
+
+def read_hub_dataset(
+    dataset_name,
+    dataset_config_name=None,
+    train_data_dir=None,
+    image_column=None,
+    caption_column=None,
+    cache_dir=None,
+):
+    """Opens the split `train` of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
+
+    Without flags the columns are `image` and `text` if there, else the first column and the first of the others.
+
+    Returns: `HubSamples`. Raises `UserError` if the dataset or a column is missing, or a caption is no text.
+    """
+    import datasets
+
+    try:
+        dataset = _load_train_split(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--dataset_name {dataset_name} cannot be loaded ({_reason(error)}); check the name, the path, the "
+            "connection and --dataset_config_name."
+        ) from None
+    columns = dataset.column_names
+    image_column = image_column or ("image" if "image" in columns else columns[0])
+    others = [name for name in columns if name != image_column]
+    caption_column = caption_column or ("text" if "text" in others else next(iter(others), "text"))
+    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column not in columns:
+            raise UserError(
+                f"--dataset_name {dataset_name} has no column {column} for {flag}; choose one that is there: "
+                f"{', '.join(columns)}."
+            )
+    try:  # `datasets` must not decode: we name the image in which an error is, and read more kinds right
+        dataset = dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):
+        raise UserError(
+            f"column {image_column} of --dataset_name {dataset_name} does not hold images; choose one that does with "
+            f"--image_column: {', '.join(columns)}."
+        ) from None
+    batches = dataset.select_columns([caption_column]).iter(batch_size=1000)
+    captions = itertools.chain.from_iterable(batch[caption_column] for batch in batches)
+    _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
+    return HubSamples(dataset, image_column, caption_column, np.arange(len(dataset)))
+
+
+def _load_train_split(name, config_name, data_dir, cache_dir):
+    import datasets
+
+    if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):  # save_to_disk
+        dataset = datasets.load_from_disk(name)
+        if isinstance(dataset, dict) and "train" not in dataset:
+            raise ValueError(f"it has no split train, only {', '.join(dataset)}")
+        return dataset["train"] if isinstance(dataset, dict) else dataset
+    if os.path.isfile(name):
+        kind = os.path.splitext(name)[1][1:]
+        if kind not in ("parquet", "arrow"):
+            raise ValueError("a file must be .parquet or .arrow")
+        return datasets.load_dataset(kind, data_files={"train": name}, split="train", cache_dir=cache_dir)
+    return datasets.load_dataset(name, config_name, data_dir=data_dir, split="train", cache_dir=cache_dir)
+
+
+def limit_samples(samples, max_train_samples, seed):
+    """At most `max_train_samples` (None: all), drawn with the seed: those that the Diffusers scripts draw."""
+    if max_train_samples is None or max_train_samples >= len(samples):
+        return samples
+    return _select(samples, np.random.default_rng(seed).permutation(len(samples))[:max_train_samples])
+
+
+def _select(samples, indices):
+    if isinstance(samples, HubSamples):
+        return replace(samples, rows=samples.rows[indices])
+    return [samples[index] for index in indices]
+
+
+def _name(samples, index):
+    return f"row {samples.rows[index]} of the dataset" if isinstance(samples, HubSamples) else samples[index][0]
+
+
+# Images
+
+
+def load_image(source):
+    """Reads an image file, given as path or bytes, as an 8-bit RGB `PIL.Image`.
+
+    The EXIF orientation is applied, alpha is laid on white, 16-bit grey is scaled and not clipped, and of an animation
+    the first frame is taken. Raises one of `IMAGE_ERRORS` if that is impossible.
+    """
+    with _open_image(source) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 0 to 65535; convert("RGB") would clip at 255
+            grey = (np.asarray(image).astype(np.int64) + 128) // 257
+            image = Image.fromarray(grey.astype(np.uint8))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def _open_image(source):
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        image.close()
+        raise ValueError("its 32-bit pixels do not say what is white: save it with 8 or 16 bits")
+    return image
+
+
+def transform(image, resolution, center_crop, random_flip, interpolation, rng):
+    """Resizes the shorter side to `resolution`, flips with probability 1/2 if asked to, and crops a square.
+
+    Args:
+        image: RGB `PIL.Image`.
+        interpolation: `lanczos`, `bicubic`, `bilinear`, `box`, `hamming` or `nearest`; antialiased by Pillow.
+        rng: `numpy.random.Generator` from which crop and flip are drawn.
+
+    Returns: the pixels, float32 `[3, H, W]` in [-1, 1]; (height, width) of the image before resizing; and (top, left)
+        of the crop in the resized and, if so drawn, flipped image: SDXL's size and crop conditioning.
+    """
+    original_size = (image.height, image.width)
+    width, height = (int(resolution * side / min(image.size)) for side in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    if random_flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    if center_crop:
+        top, left = round((height - resolution) / 2), round((width - resolution) / 2)
+    else:
+        top, left = int(rng.integers(height - resolution + 1)), int(rng.integers(width - resolution + 1))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)  # [H, W, 3] -> [3, H, W]
+    return np.ascontiguousarray(pixels) / 127.5 - 1, original_size, (top, left)
+
+
+def check_images(samples, max_bad_images=0):
+    """Reads the images before training, so that N and the order are settled when it starts.
+
+    At most `MAX_CHECKED_IMAGES` are read, in threads, at the lowest resolution that their format offers.
+
+    Returns: the samples without the unreadable ones, and these as {name: reason}, which `TrainingStream` counts on
+        from. Raises `UserError` if there are more than `max_bad_images`.
+    """
+
+    def problem(index):
+        try:
+            with _open_image(samples[index][0]) as image:
+                image.draft(None, (1, 1))
+                image.load()  # to the end of the file, so that a cut one is noticed
+        except IMAGE_ERRORS as error:
+            return index, _name(samples, index), _reason(error)
+
+    indices = range(0, len(samples), len(samples) // MAX_CHECKED_IMAGES + 1)
+    with ThreadPoolExecutor() as pool:
+        problems = [found for found in pool.map(problem, indices) if found]
+    bad = {name: reason for _, name, reason in problems}
+    if len(bad) > max_bad_images:
+        raise _too_many_bad_images(bad, max_bad_images)
+    if bad:
+        logger.warning(f"{len(bad)} of the images cannot be read and are left out: {_listed(bad, len(bad))}.")
+        dropped = {index for index, _, _ in problems}
+        samples = _select(samples, [index for index in range(len(samples)) if index not in dropped])
+    return samples, bad
+
+
+# The stream
+
+
+@lru_cache(maxsize=2)  # a batch may need the end of one epoch and the beginning of the next
+def _permutation(seed, epoch, num_samples):
+    return np.random.default_rng([seed, EPOCH_ORDER, epoch]).permutation(num_samples)
+
+
+@dataclass
+class TrainingStream:
+    """An endless map from position to training sample; see the top of this file.
+
+    An image that has become unreadable since `check_images` is replaced by the next one of the epoch, with a warning;
+    `UserError` is raised once this process has met more than `max_bad_images`, those in `bad` included.
+    """
+
+    samples: object  # sequence of (image, caption)
+    seed: int
+    resolution: int
+    center_crop: bool = False
+    random_flip: bool = False
+    image_interpolation_mode: str = "lanczos"
+    proportion_empty_prompts: float = 0.0
+    max_bad_images: int = 0
+    bad: dict = field(default_factory=dict)  # {name: reason}, as returned by check_images; grows
+
+    def __post_init__(self):
+        if not len(self.samples):
+            raise UserError("there is no image to train on; check --train_data_dir or --dataset_name.")
+
+    @property
+    def num_samples(self):
+        """N, the samples of an epoch."""
+        return len(self.samples)
+
+    def index(self, position):
+        """The index in `samples` of the sample at a position."""
+        epoch, step = divmod(position, self.num_samples)
+        return int(_permutation(self.seed, epoch, self.num_samples)[step])
+
+    def __getitem__(self, position):
+        """Returns a dict: pixel_values, float32 `[3, H, W]`; caption; position; original_size and crop_top_left as
+        `transform` returns them; and bad, {name: reason} of the images passed over."""
+        image, caption, bad = self._read(position)
+        rng = np.random.default_rng([self.seed, CROP_AND_FLIP, position])
+        pixel_values, original_size, crop_top_left = transform(
+            image, self.resolution, self.center_crop, self.random_flip, self.image_interpolation_mode, rng
+        )
+        rng = np.random.default_rng([self.seed, CAPTION, position])
+        if rng.random() < self.proportion_empty_prompts:
+            caption = ""
+        elif isinstance(caption, list):
+            caption = caption[rng.integers(len(caption))]
+        return {
+            "pixel_values": pixel_values,
+            "caption": caption,
+            "position": position,
+            "original_size": original_size,
+            "crop_top_left": crop_top_left,
+            "bad": bad,
+        }
+
+    def _read(self, position):
+        """The image and caption at a position, or else at the next one of the epoch, and {name: reason} if so."""
+        bad = {}
+        epoch, step = divmod(position, self.num_samples)
+        for offset in range(self.num_samples):
+            index = self.index(epoch * self.num_samples + (step + offset) % self.num_samples)
+            image, caption = self.samples[index]
+            try:
+                return load_image(image), caption, bad
+            except IMAGE_ERRORS as error:
+                bad[_name(self.samples, index)] = _reason(error)
+                self.note_bad(bad)
+        raise _too_many_bad_images(self.bad, self.max_bad_images)
+
+    def note_bad(self, bad):
+        """Counts unreadable images, {name: reason}, each once; raises `UserError` if they are too many now."""
+        new = {name: reason for name, reason in bad.items() if name not in self.bad}
+        self.bad.update(new)
+        if len(self.bad) > self.max_bad_images:
+            raise _too_many_bad_images(self.bad, self.max_bad_images)
+        from torch.utils.data import get_worker_info
+
+        if new and get_worker_info() is None:  # the main process tells, once, what a worker has found
+            logger.warning(f"no longer readable, so that the next image takes its place: {_listed(new)}.")
+
+
+@dataclass
+class _Batches:
+    """What a DataLoader worker runs: from the position where a batch begins to the batch.
+
+    A `UserError` is returned, not raised: torch would raise it again with the worker's traceback as its message.
+    """
+
+    stream: TrainingStream
+    batch_size: int
+
+    def __getitem__(self, start):
+        import torch
+
+        try:
+            samples = [self.stream[position] for position in range(start, start + self.batch_size)]
+        except UserError as error:
+            return error
+        return {
+            "pixel_values": torch.from_numpy(np.stack([sample["pixel_values"] for sample in samples])),
+            "captions": [sample["caption"] for sample in samples],
+            "positions": torch.tensor([sample["position"] for sample in samples]),
+            "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
+            "crop_top_lefts": torch.tensor([sample["crop_top_left"] for sample in samples]),
+            "bad": {name: reason for sample in samples for name, reason in sample["bad"].items()},
+        }
+
+
+def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0, num_workers=0):
+    """Yields one rank's batches without end; not to be passed through `accelerator.prepare`.
+
+    The k-th global batch is the positions from `start_position + k * world_size * batch_size` on, and rank r takes its
+    r-th `batch_size`. To resume, start at the number of samples that all ranks together have consumed.
+
+    A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there; captions, B strings;
+    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        _Batches(stream, batch_size),
+        batch_size=None,  # an item is a whole batch already
+        sampler=itertools.count(start_position + rank * batch_size, world_size * batch_size),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader would draw from, and so move, the global generator
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        stream.note_bad(batch.pop("bad"))  # this process counts what all its workers find
+        yield batch
+
+
+def make_stream(args):
+    """The stream that the data flags describe; reads the images once to see that they can be read."""
+    if args.train_data_dir:
+        samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
+    else:
+        samples = read_hub_dataset(
+            args.dataset_name,
+            args.dataset_config_name,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            cache_dir=args.cache_dir,
+        )
+    samples = limit_samples(samples, args.max_train_samples, args.seed)
+    samples, bad = check_images(samples, args.max_bad_images)
+    return TrainingStream(
+        samples,
+        args.seed,
+        args.resolution,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        image_interpolation_mode=args.image_interpolation_mode,
+        proportion_empty_prompts=args.proportion_empty_prompts,
+        max_bad_images=args.max_bad_images,
+        bad=bad,
+    )
+
+
+# Words
+
+
+def _reason(error):
+    """The gist of an exception, short enough for a bracket in a sentence."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image file that Pillow knows"
+    message = getattr(error, "strerror", None) or getattr(error, "msg", None) or str(error) or type(error).__name__
+    return message.splitlines()[0].rstrip(".")
+
+
+def _listed(bad, limit=5):
+    names = [f"{name} ({reason})" for name, reason in itertools.islice(bad.items(), limit)]
+    return ", ".join(names + ["..."] * (len(bad) > limit))
+
+
+def _too_many_bad_images(bad, max_bad_images):
+    return UserError(
+        f"{len(bad)} of the images cannot be read, more than --max_bad_images {max_bad_images} allows: {_listed(bad)}"
+        "; repair or remove them, or raise --max_bad_images."
+    )

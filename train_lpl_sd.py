@@ -1,0 +1,258 @@
+"""Finetune Stable Diffusion with the Latent Perceptual Loss.
+
+    accelerate launch train_lpl_sd.py --pretrained_model_name_or_path MODEL --train_data_dir PHOTOS --output_dir OUT
+
+The flags are those of Diffusers' train_text_to_image.py; those that start with --lpl_ are new.
+"""
+
+from arguments import (
+    Parser,
+    add_data_arguments,
+    add_diffusion_arguments,
+    add_lpl_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_training_arguments,
+    run,
+)
+from arguments import parse_args as parse_and_check
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.set_defaults(pipelines=("StableDiffusionPipeline",))
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add_training_arguments(parser, output_dir="sd-lpl-finetuned")
+    add_diffusion_arguments(parser)
+    add_lpl_arguments(parser)
+    add_output_arguments(parser)
+    return parse_and_check(parser, argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the libraries below take their seconds: --help and a wrong flag answer at once
+
+# ruff: noqa: E402
+import logging
+import math
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from data_utils import build_dataloader, make_stream
+from lpl_utils import calibrate, compare_gradients, lpl_term, sigma_gate, summarize
+from model_families import StableDiffusion, add_noise, sample_noise, training_target
+from objectives import make_lpl, min_snr_weight, resume_lpl
+from train_utils import (
+    DTYPES,
+    Log,
+    draw_samples,
+    ema_weights,
+    load_checkpoint,
+    make_accelerator,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    register_checkpoint_models,
+    sample_generators,
+    save_checkpoint,
+    start_run,
+    step_ema,
+)
+
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 16
+
+
+class Forward(NamedTuple):
+    """What one forward pass leaves behind."""
+
+    diffusion_loss: torch.Tensor  # [], mean over the batch
+    lpl_loss: torch.Tensor  # [], before its weight; 0 without LPL
+    lpl_stats: dict
+    model_pred: torch.Tensor  # [B, C, h, w]
+    sample_losses: torch.Tensor  # [B], both terms, to find the sample that is not finite
+    noise_levels: torch.Tensor  # [B], sigma / alpha, on the CPU
+
+
+def training_step(args, family, unet, lpl, batch, max_samples=None):
+    """Noise a batch, let the UNet denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
+    generators = sample_generators(args.seed, batch["positions"])
+    with torch.no_grad():
+        latents = family.encode_images(batch["pixel_values"], generators)
+        conditioning = family.encode_prompts(batch["captions"])
+    timesteps = family.sample_timesteps(generators)
+    alpha, sigma = family.noise_levels(timesteps)
+    noise = sample_noise(latents, generators, args.noise_offset)
+    noisy_latents = add_noise(latents, noise, alpha, sigma)
+
+    model_pred = family.predict(unet, noisy_latents, timesteps, conditioning)
+    target = training_target(latents, noise, alpha, sigma, family.prediction_type)
+    losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
+    if args.snr_gamma:
+        losses = losses * min_snr_weight(alpha, sigma, args.snr_gamma, family.prediction_type).to(losses.device)
+    sample_losses = losses.detach()
+
+    lpl_loss, lpl_stats = torch.zeros_like(losses[0]), {}
+    if lpl is not None:
+        lpl_loss, lpl_stats = lpl_term(
+            lpl,
+            model_pred,
+            z_t=noisy_latents,
+            z0=latents,
+            alpha=alpha,
+            sigma=sigma,
+            prediction_type=family.prediction_type,
+            tau=lpl_threshold(args),
+            max_samples=max_samples,
+            generator=generators[0],
+        )
+        chosen = lpl_stats["chosen"].to(losses.device)
+        sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
+    return Forward(losses.mean(), lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
+
+
+def lpl_threshold(args):
+    """tau, the highest sigma / alpha to which LPL applies: in proportion to the resolution (Sec. 4.1)."""
+    return args.lpl_sigma_threshold * args.resolution / args.lpl_base_resolution
+
+
+def calibrate_lpl(accelerator, args, family, unet, lpl, batches):
+    """Measure what LPL's weight needs; nothing is trained, and the random state is as before."""
+    logger.info(f"Measuring LPL on {CALIBRATION_BATCHES} batches.")
+    with torch.no_grad(), torch.random.fork_rng():
+        forwards = (training_step(args, family, unet, lpl, batch) for batch in islice(batches, CALIBRATION_BATCHES))
+        measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
+        share = args.lpl_target_share if args.lpl_weight == "auto" else None
+        calibrate(lpl, measurements, share, partial(accelerator.reduce, reduction="sum"))
+    if args.lpl_weight != "auto":
+        lpl.weight = args.lpl_weight
+    logger.info(
+        f"LPL's weight is {lpl.weight:.5g}; its blocks' weights are {[round(w, 5) for w in lpl.omega.tolist()]}."
+    )
+
+
+def draw(accelerator, args, family, unet, ema, step):
+    """Validation images from the average weights, if there are any."""
+    if accelerator.is_main_process:
+        family.place_vae(decoder=True)
+        with ema_weights(ema, unet):
+            draw_samples(accelerator, args, family.drawing_pipeline(unet.eval()), family.decode_images, step)
+        unet.train()
+        family.place_vae(decoder=args.lpl_weight != 0)
+    accelerator.wait_for_everyone()
+
+
+def main(args):
+    accelerator = make_accelerator(args)
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    use_lpl = args.lpl_weight != 0
+    if not use_lpl and set(args.given_lpl_flags) - {"--lpl_weight"}:
+        logger.warning("--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect.")
+
+    # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
+    stream = make_stream(args)
+    shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = partial(
+        build_dataloader, stream, args.train_batch_size, **shard, num_workers=args.dataloader_num_workers
+    )
+    global_batch = args.train_batch_size * accelerator.num_processes
+    if args.max_train_steps is None:
+        samples_per_step = global_batch * args.gradient_accumulation_steps
+        args.max_train_steps = math.ceil(args.num_train_epochs * stream.num_samples / samples_per_step)
+
+    # The models: a UNet to train, and what is frozen around it.
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype != "auto" else DTYPES["fp32"]
+    if args.vae_dtype == "auto" and weight_dtype == torch.bfloat16:
+        vae_dtype = torch.bfloat16
+    family = StableDiffusion(args, accelerator.device, weight_dtype, vae_dtype)
+    if args.gradient_checkpointing:
+        family.unet.enable_gradient_checkpointing()
+
+    # The perceptual loss: the frozen decoder, hooked.
+    lpl = None
+    if use_lpl:
+        lpl = make_lpl(args, family.vae)
+        share = sigma_gate(family.alphas, family.sigmas, lpl_threshold(args)).float().mean().item()
+        logger.info(f"LPL applies to {share:.1%} of the timesteps (sigma/alpha at most {lpl_threshold(args):g}).")
+
+    # Optimizer, schedule, average weights.
+    optimizer = make_optimizer(args, family.unet.parameters(), accelerator.num_processes)
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    unet, optimizer = accelerator.prepare(family.unet.train(), optimizer)
+    raw_unet = accelerator.unwrap_model(unet)
+    ema = make_ema(args, raw_unet, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
+
+    # Where to start.
+    register_checkpoint_models(accelerator, "unet", raw_unet, ema)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    global_step, position = 0, 0  # optimizer steps done, samples consumed
+    if args.resume_from_checkpoint:
+        state = load_checkpoint(accelerator, args.resume_from_checkpoint)
+        global_step, position = state["step"], state["position"]
+        if lpl is not None and state["lpl"]:
+            resume_lpl(args, lpl, state["lpl"])
+    start_run(accelerator, args)
+    logger.info(
+        f"{stream.num_samples} samples; {args.max_train_steps} steps of {args.train_batch_size} samples x "
+        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} forward passes; seed {args.seed}."
+    )
+
+    log = Log(accelerator, args, global_step)
+    dataloader = batches(start_position=position)
+    while global_step < args.max_train_steps:
+        step_lpl = lpl if global_step >= args.lpl_start_step else None
+        if step_lpl is not None and lpl.weight is None:
+            calibrate_lpl(accelerator, args, family, unet, lpl, batches(start_position=position))
+
+        # One optimizer step, of several forward passes if gradients are accumulated.
+        diagnostics = {}
+        for batch in islice(dataloader, args.gradient_accumulation_steps):
+            with accelerator.accumulate(unet):
+                forward = training_step(args, family, unet, step_lpl, batch, args.lpl_max_samples)
+                terms = {"l2": forward.diffusion_loss}
+                if step_lpl is not None:
+                    terms["lpl"] = lpl.weight * forward.lpl_loss
+                    if accelerator.sync_gradients and log.is_due(global_step + 1):
+                        diagnostics = compare_gradients(forward.model_pred, *terms.values())
+                        diagnostics |= summarize(forward.lpl_stats)
+                loss = sum(terms.values())
+                log.add(terms, forward.sample_losses, forward.noise_levels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    losses = log.reduce(global_step)  # stops here if they are not finite, before the weights move
+                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            position += global_batch
+        global_step += 1
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema is not None:
+                step_ema(ema, raw_unet)
+        log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
+
+        if global_step % args.checkpointing_steps == 0:
+            lpl_state = lpl.state_dict() if lpl is not None else None
+            save_checkpoint(accelerator, args, step=global_step, position=position, seed=args.seed, lpl=lpl_state)
+        if args.validation_prompts and global_step % args.validation_steps == 0:
+            draw(accelerator, args, family, raw_unet, ema, global_step)
+
+    # The result: a stock pipeline, with the average weights if there are any.
+    if accelerator.is_main_process:
+        with ema_weights(ema, raw_unet):
+            family.save_pipeline(raw_unet, args.output_dir)
+        logger.info(f"Saved to {args.output_dir}; load it with StableDiffusionPipeline.from_pretrained.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main, args)
