@@ -46,7 +46,10 @@ def run(main, args):
 
 
 def auto_or_number(text):
-    return text if text == "auto" else number(text)
+    try:
+        return text if text == "auto" else number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
 
 
 def number(text):
@@ -251,13 +254,14 @@ def check_unused(args, flag, because):
 
 
 def check_folders(args):
-    """Checks of what is on the disk: data, model, checkpoint to resume, output. Raises UserError."""
+    """Checks of what is on the disk: model, output, checkpoint to resume, images (kept for `make_stream`)."""
     check_model_folders(args)
     check_output_dir(args)
     if args.train_data_dir:
-        from data_utils import read_image_folder
+        from data_utils import check_images, read_image_folder
 
-        read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
+        samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
+        args.folder_samples = check_images(samples, args.max_bad_images)
 
 
 def is_folder_name(name):

@@ -496,9 +496,9 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
 
 
 def make_stream(args):
-    """The stream that the data flags describe; reads the images once to see that they can be read."""
+    """The stream that the data flags describe. A folder was read and checked with the flags already."""
     if args.train_data_dir:
-        samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
+        samples, bad = args.folder_samples
     else:
         samples = read_hub_dataset(
             args.dataset_name,
@@ -507,8 +507,8 @@ def make_stream(args):
             caption_column=args.caption_column,
             cache_dir=args.cache_dir,
         )
+        samples, bad = check_images(samples, args.max_bad_images)
     samples = limit_samples(samples, args.max_train_samples, args.seed)
-    samples, bad = check_images(samples, args.max_bad_images)
     return TrainingStream(
         samples,
         args.seed,

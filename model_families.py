@@ -142,13 +142,15 @@ class StableDiffusion:
 
     def _inference_scheduler(self, scheduler):
         """The scheduler that is saved: it must know the prediction type and the noise schedule trained with."""
-        changes = {}
+        changes, scheduler_class = {}, type(scheduler)
         if self.args.prediction_type:
             changes["prediction_type"] = self.args.prediction_type
         if self.args.rescale_betas_zero_snr:
             changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-            return DDIMScheduler.from_config(scheduler.config, **changes)  # not every sampler can start at alpha = 0
-        return scheduler.from_config(scheduler.config, **changes)
+        if self.args.rescale_betas_zero_snr or self.args.prediction_type == "sample":
+            scheduler_class = DDIMScheduler  # PNDM, Stable Diffusion's default, can do neither; nor does it clip
+            changes["clip_sample"] = scheduler.config.get("clip_sample", False)
+        return scheduler_class.from_config(scheduler.config, **changes)
 
 
 def add_noise(latents, noise, alpha, sigma):
@@ -183,4 +185,4 @@ def load(model_class, name, flag, method="from_pretrained", **kwargs):
         return getattr(model_class, method)(name, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{flag} {name} can't be loaded: {reason}") from error
+        raise UserError(f"{flag} {name} can't be loaded ({reason}): give a folder or a Hub id in reach.") from error

@@ -36,10 +36,13 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import logging
 import math
+import os
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks at import that torchvision is missing
 import torch
 
 from data_utils import build_dataloader, make_stream
@@ -195,7 +198,7 @@ def main(args):
     accelerator.register_for_checkpointing(lr_scheduler)
     global_step, position = 0, 0  # optimizer steps done, samples consumed
     if args.resume_from_checkpoint:
-        state = load_checkpoint(accelerator, args.resume_from_checkpoint)
+        state = load_checkpoint(accelerator, args.resume_from_checkpoint, num_samples=stream.num_samples)
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
@@ -240,8 +243,8 @@ def main(args):
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
         if global_step % args.checkpointing_steps == 0:
-            lpl_state = lpl.state_dict() if lpl is not None else None
-            save_checkpoint(accelerator, args, step=global_step, position=position, seed=args.seed, lpl=lpl_state)
+            state = {"step": global_step, "position": position, "seed": args.seed, "num_samples": stream.num_samples}
+            save_checkpoint(accelerator, args, {**state, "lpl": lpl.state_dict() if lpl is not None else None})
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, raw_unet, ema, global_step)
 

@@ -19,6 +19,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from arguments import UserError, complete_checkpoints
@@ -134,32 +135,44 @@ def register_checkpoint_models(accelerator, name, model, ema):
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator, args, **state):
+def save_checkpoint(accelerator, args, state):
     """Write `checkpoint-{step}` to a temporary folder, rename it, then remove old ones. All processes call this.
 
-    `state` (which needs `step`) goes to `training_state.json`, whose presence marks a checkpoint as complete.
+    `state` (`step`, `position`, `seed`, `num_samples`, ...) goes to `training_state.json`, whose presence marks a
+    checkpoint as complete.
     """
     output = Path(args.output_dir)
     final, temporary = output / f"checkpoint-{state['step']}", output / f"tmp-checkpoint-{state['step']}"
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (temporary / "training_state.json").write_text(json.dumps(state, indent=2, default=torch.Tensor.tolist))
+            shutil.rmtree(final, ignore_errors=True)  # there only after resuming from an older one
+            os.replace(temporary, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+        last = complete_checkpoints(output)
+        kept = f"{last[-1]} is intact" if last else "there is no older one"
+        raise UserError(f"{final} can't be written ({error}); {kept}. Make room, then resume.") from error
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (temporary / "training_state.json").write_text(json.dumps(state, indent=2, default=torch.Tensor.tolist))
-        shutil.rmtree(final, ignore_errors=True)  # there only after resuming from an older one
-        os.replace(temporary, final)
         if args.checkpoints_total_limit:
             for old in complete_checkpoints(output)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, folder):
+def load_checkpoint(accelerator, folder, num_samples):
     """Restore what `save_checkpoint` wrote and return its `state`. All processes call this."""
     state = read_training_state(folder)
+    if state["num_samples"] != num_samples:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: that run had {state['num_samples']} samples, now there are "
+            f"{num_samples}; give it the same data, or start a new run from its weights with another --output_dir."
+        )
     try:
         accelerator.load_state(folder)
     except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
@@ -181,8 +194,7 @@ def start_run(accelerator, args):
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if not args.resume_from_checkpoint and accelerator.is_main_process:
         Path(args.output_dir, LOG_FILE).unlink(missing_ok=True)  # of a run that left nothing else
-    kinds = (int, float, str, bool)
-    settings = {name: value if isinstance(value, kinds) else str(value) for name, value in vars(args).items()}
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
     accelerator.init_trackers(args.tracker_project_name, settings)
 
 

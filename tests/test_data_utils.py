@@ -1,0 +1,676 @@
+"""Images and captions: what is read, in which order, and what is said when it cannot be read."""
+
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data_utils
+from arguments import UserError
+from data_utils import (
+    TrainingStream,
+    build_dataloader,
+    check_images,
+    limit_samples,
+    load_image,
+    read_hub_dataset,
+    read_image_folder,
+    transform,
+)
+
+
+def image_with_id(number):
+    """A plain image of a size of its own; its red value is its id, whatever the crop."""
+    return Image.new("RGB", (9 + number % 5, 9 + number % 3), (number, 77, 200))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images with ids 0 to 9 and captions "photo 0" to "photo 9"."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        image_with_id(number).save(folder / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "text": f"photo {number}"} for number in range(10)]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def stream(folder):
+    return TrainingStream(read_image_folder(str(folder)), seed=5, resolution=8, random_flip=True)
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def ids(batch):
+    """The ids that the pixels of a batch show."""
+    return [round(float(red + 1) * 127.5) for red in batch["pixel_values"][:, 0].mean((1, 2))]
+
+
+def assert_same_batches(left, right):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right):
+        assert a.keys() == b.keys()
+        assert a["captions"] == b["captions"]
+        for name in a.keys() - {"captions"}:
+            assert a[name].dtype == b[name].dtype and a[name].equal(b[name]), name
+
+
+# The stream and its batches
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_pixels_and_captions_stay_together_in_the_same_order_with_any_workers(stream, num_workers):
+    batches = take(build_dataloader(stream, 4, num_workers=num_workers), 10)
+    for batch in batches:
+        assert batch["captions"] == [f"photo {number}" for number in ids(batch)]
+        assert batch["pixel_values"].shape == (4, 3, 8, 8)
+        assert batch["pixel_values"].max() <= 1 and batch["pixel_values"].min() >= -1
+        sizes = [[9 + number % 3, 9 + number % 5] for number in ids(batch)]
+        assert batch["original_sizes"].tolist() == sizes
+    assert [p for batch in batches for p in batch["positions"].tolist()] == list(range(40))
+    assert_same_batches(batches, take(build_dataloader(stream, 4), 10))
+
+
+def test_every_sample_comes_once_per_epoch_in_another_order_each_time(stream):
+    seen = [number for batch in take(build_dataloader(stream, 4), 10) for number in ids(batch)]
+    epochs = [seen[start : start + 10] for start in range(0, 40, 10)]  # batches of 4 cross the boundaries of 10
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert seen == [stream.index(position) for position in range(40)]  # sorted by path, here, is sorted by id
+
+
+def test_another_seed_gives_another_order(stream, folder):
+    other = TrainingStream(read_image_folder(str(folder)), seed=6, resolution=8)
+    assert [stream.index(p) for p in range(20)] != [other.index(p) for p in range(20)]
+
+
+def test_the_shares_of_two_processes_make_the_batch_of_one(stream):
+    import torch
+
+    whole = take(build_dataloader(stream, 6), 8)
+    ranks = [take(build_dataloader(stream, 3, rank=rank, world_size=2, num_workers=rank), 8) for rank in range(2)]
+    for batch, first, second in zip(whole, *ranks):
+        assert batch["captions"] == first["captions"] + second["captions"]
+        for name in ("pixel_values", "positions", "original_sizes", "crop_top_lefts"):
+            assert torch.cat([first[name], second[name]]).equal(batch[name])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_in_mid_epoch_continues_with_the_very_same_batches(stream, num_workers):
+    stream.proportion_empty_prompts = 0.3
+    straight = take(build_dataloader(stream, 4, num_workers=num_workers), 9)
+    resumed = take(build_dataloader(stream, 4, start_position=4 * 4, num_workers=num_workers), 5)
+    assert_same_batches(straight[4:], resumed)
+
+
+def test_the_loader_leaves_the_global_random_generators_alone(stream):
+    import random
+
+    import torch
+
+    def draws():
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    expected = draws()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    take(build_dataloader(stream, 4, num_workers=1), 2)
+    take(build_dataloader(stream, 4), 2)
+    assert draws() == expected
+
+
+def test_crops_differ_from_epoch_to_epoch(tmp_path):
+    Image.new("RGB", (64, 8)).save(tmp_path / "wide.png")
+    stream = TrainingStream([(str(tmp_path / "wide.png"), "wide")], seed=0, resolution=8)
+    lefts = [stream[position]["crop_top_left"][1] for position in range(200)]
+    assert min(lefts) == 0 and max(lefts) == 56  # both ends of the range are drawn
+    assert len(set(lefts)) > 40
+
+
+def test_captions_are_dropped_at_the_given_rate_by_step_and_without_touching_the_crops(stream):
+    before = [stream[position] for position in range(2000)]
+    assert all(sample["caption"] for sample in before)
+    stream.proportion_empty_prompts = 0.25
+    after = [stream[position] for position in range(2000)]
+    dropped = [not sample["caption"] for sample in after]
+    assert abs(np.mean(dropped) - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5  # four standard errors
+    for number in range(10):  # by step: each caption is dropped now and then, none always
+        assert 20 < sum(drop for position, drop in enumerate(dropped) if stream.index(position) == number) < 80
+    for left, right, drop in zip(before, after, dropped):
+        assert np.array_equal(left["pixel_values"], right["pixel_values"])
+        assert right["caption"] == ("" if drop else left["caption"])
+
+
+def test_flips_and_caption_dropout_are_independent(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    image.paste("white", (0, 0, 4, 8))
+    image.save(tmp_path / "half.png")
+    samples = [(str(tmp_path / "half.png"), "half")]
+    stream = TrainingStream(samples, 0, 8, random_flip=True, proportion_empty_prompts=0.5)
+    drawn = [stream[position] for position in range(400)]
+    draws = [(sample["pixel_values"][0, 0, 0] < 0, sample["caption"] == "") for sample in drawn]
+    assert abs(np.corrcoef(np.array(draws).T)[0, 1]) < 0.2  # four standard errors
+
+
+def test_one_of_several_captions_is_drawn_each_time(folder):
+    write_jsonl(folder / "metadata.jsonl", [{"file_name": "3.png", "text": ["one", "two", "three"]}])
+    stream = TrainingStream(read_image_folder(str(folder)), seed=0, resolution=8)
+    captions = [stream[position]["caption"] for position in range(120)]
+    assert all(captions.count(caption) > 20 for caption in ("one", "two", "three"))
+    assert captions == [stream[position]["caption"] for position in range(120)]
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+@pytest.mark.parametrize("size", [(40, 24), (24, 41), (24, 24)])
+def test_the_crop_lies_where_the_returned_coordinates_say(size, center_crop):
+    """At the resolution of the shorter side nothing is resized, so the crop is a plain slice of the array."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    flips = 0
+    for draw in range(40):
+        result, original_size, (top, left) = transform(
+            Image.fromarray(pixels), 24, center_crop, True, "lanczos", np.random.default_rng(draw)
+        )
+        crops = [source[top : top + 24, left : left + 24] for source in (pixels, pixels[:, ::-1])]
+        matches = [np.allclose(result, crop.transpose(2, 0, 1) / 255 * 2 - 1, atol=1e-6) for crop in crops]
+        assert sum(matches) == 1
+        flips += matches[1]
+        assert original_size == size[::-1]
+        assert result.dtype == np.float32 and result.shape == (3, 24, 24)
+        if center_crop:
+            assert (top, left) == (round((size[1] - 24) / 2), round((size[0] - 24) / 2))
+    assert 10 <= flips <= 30
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"])
+def test_the_shorter_side_is_resized_with_the_chosen_filter(mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8))
+    result, original_size, (top, left) = transform(image, 16, True, False, mode, np.random.default_rng(0))
+    resized = np.asarray(image.resize((int(71 * 16 / 50), 16), getattr(Image.Resampling, mode.upper())))
+    assert np.allclose(result, resized[:, left : left + 16].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    assert (original_size, top, left) == ((50, 71), 0, 3)
+
+
+# Kinds of images
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = np.zeros((2, 3, 3), dtype=np.uint8)
+    upright[0, 0], upright[0, 2], upright[1, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    # How the stored array arises from the upright one, from the definition: where row 0 and column 0 of what is
+    # stored lie in the upright image (1: top, left; 2: top, right; ... 6: right, top; 8: left, bottom).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
+    assert np.array_equal(load_image(data), upright)
+
+
+def palette_image(**options):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    return encoded(image, "PNG", **options)
+
+
+def grey16(values, dtype="<u2"):
+    return Image.fromarray(np.array([values], dtype=dtype))
+
+
+KINDS = {
+    "rgb": (encoded(Image.new("RGB", (2, 1), (1, 2, 3)), "PNG"), [(1, 2, 3), (1, 2, 3)]),
+    "grey": (encoded(Image.new("L", (2, 1), 90), "PNG"), [(90,) * 3] * 2),
+    "black and white": (encoded(Image.new("1", (2, 1), 1), "PNG"), [(255,) * 3] * 2),
+    "clear alpha": (encoded(Image.new("RGBA", (2, 1), (9, 9, 9, 0)), "PNG"), [(255,) * 3] * 2),
+    # 51 / 255 = a fifth of the colour, four fifths of white
+    "thin alpha": (encoded(Image.new("RGBA", (2, 1), (55, 105, 155, 51)), "PNG"), [(215, 225, 235)] * 2),
+    "grey alpha": (encoded(Image.new("LA", (2, 1), (55, 51)), "PNG"), [(215,) * 3] * 2),
+    "palette": (palette_image(), [(10, 20, 30), (200, 100, 50)]),
+    "palette with alpha": (palette_image(transparency=0), [(255, 255, 255), (200, 100, 50)]),
+    "rgb with a transparent colour": (
+        encoded(Image.new("RGB", (2, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
+        [(255,) * 3] * 2,
+    ),
+    # a subtractive colour: (1 - C) (1 - K) and so on
+    "cmyk": (encoded(Image.new("CMYK", (2, 1), (255, 0, 51, 51)), "TIFF"), [(0, 204, 163)] * 2),
+    "16-bit grey png": (encoded(grey16([0, 65535]), "PNG"), [(0,) * 3, (255,) * 3]),
+    "16-bit grey, mid": (encoded(grey16([128 * 257, 3 * 257]), "PNG"), [(128,) * 3, (3,) * 3]),
+    "16-bit grey tiff": (encoded(grey16([128 * 257, 65535]), "TIFF"), [(128,) * 3, (255,) * 3]),
+    "16-bit grey pgm": (b"P5 2 1 65535\n" + np.array([128 * 257, 65535], ">u2").tobytes(), [(128,) * 3, (255,) * 3]),
+    "first frame": (
+        encoded(Image.new("RGB", (2, 1), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (2, 1))]),
+        [(255, 0, 0)] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_becomes_the_right_rgb(kind, tmp_path):
+    data, expected = KINDS[kind]
+    image = load_image(data)
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image, dtype=int)[0] - expected).max() <= 1, np.asarray(image)
+    (tmp_path / "file").write_bytes(data)
+    assert np.array_equal(load_image(str(tmp_path / "file")), image)
+
+
+def test_cmyk_jpeg_keeps_its_colours():
+    image = load_image(encoded(Image.new("CMYK", (16, 16), (255, 0, 51, 51)), "JPEG", quality=95))
+    assert np.abs(np.asarray(image, dtype=int) - (0, 204, 163)).max() <= 4
+
+
+def test_a_large_photo_is_no_attack(monkeypatch, recwarn):
+    assert 200_000_000 < Image.MAX_IMAGE_PIXELS < 500_000_000
+    data = encoded(Image.new("1", (10_000, 10_000)), "PNG")  # Pillow's default warns from 89 megapixels on
+    with data_utils._open_image(data) as image:
+        assert image.size == (10_000, 10_000)
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond the limit: a bad image like others, not a crash
+    with pytest.raises(UserError, match="decompression bomb.*--max_bad_images"):
+        check_images([(data, "huge")])
+
+
+def test_images_of_32_bits_are_refused_rather_than_clipped(tmp_path):
+    for number, dtype in enumerate((np.float32, np.int32)):
+        Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / f"{number}.tif")
+        with pytest.raises(UserError, match=f"{number}.tif.*8 or 16 bits"):
+            check_images([(str(tmp_path / f"{number}.tif"), "x")])
+
+
+# Folders
+
+
+def test_a_folder_is_read_sorted_with_sub_folders(folder):
+    sub = folder / "more" / "deep"
+    sub.mkdir(parents=True)
+    image_with_id(20).save(sub / "a.jpg")
+    image_with_id(21).save(folder / "more" / "B.PNG")
+    with open(folder / "more" / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("file_name", "text"), ("B.PNG", 'a "big", red one'), ("deep/a.jpg", "over\ntwo lines")])
+    samples = read_image_folder(str(folder))
+    expected = [(str(folder / f"{number}.png"), f"photo {number}") for number in range(10)]
+    expected += [(str(folder / "more" / "B.PNG"), 'a "big", red one'), (str(sub / "a.jpg"), "over\ntwo lines")]
+    assert samples == expected
+
+
+def test_linked_folders_and_files_with_a_byte_order_mark_are_read(folder, tmp_path):
+    linked = tmp_path / "elsewhere"
+    linked.mkdir()
+    image_with_id(30).save(linked / "linked.png")
+    (linked / "metadata.csv").write_text("file_name,text\r\nlinked.png,from afar\r\n", encoding="utf-8-sig")
+    (folder / "link").symlink_to(linked)
+    assert read_image_folder(str(folder))[-1] == (str(folder / "link" / "linked.png"), "from afar")
+
+
+def test_parquet_metadata_and_lists_of_captions(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "metadata.jsonl").unlink()
+    table = pyarrow.table({"file_name": ["2.png", "1.png"], "text": [["x", "y"], ["z"]]})
+    pyarrow.parquet.write_table(table, folder / "metadata.parquet")
+    assert read_image_folder(str(folder)) == [(str(folder / "1.png"), ["z"]), (str(folder / "2.png"), ["x", "y"])]
+
+
+def test_the_caption_column_is_found_or_chosen(folder):
+    rows = [{"file_name": "1.png", "prompt": "a prompt", "score": 3}]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    assert read_image_folder(str(folder))[0][1] == "a prompt"  # the only text column
+    rows[0]["text"] = "a text"
+    write_jsonl(folder / "metadata.jsonl", rows)
+    assert read_image_folder(str(folder), "image")[0][1] == "a text"
+    assert read_image_folder(str(folder), "file_name", "prompt")[0][1] == "a prompt"
+
+
+def test_images_without_a_row_are_counted_in_one_warning(folder, caplog):
+    write_jsonl(folder / "metadata.jsonl", [{"file_name": "4.png", "text": "four"}])
+    (folder / ".hidden").mkdir()
+    image_with_id(1).save(folder / ".hidden" / "thumbnail.png")
+    assert read_image_folder(str(folder)) == [(str(folder / "4.png"), "four")]
+    assert len(caplog.records) == 1
+    assert "9 of the images" in caplog.text and "0.png" in caplog.text and "hidden" not in caplog.text
+
+
+METADATA_ERRORS = {
+    "no rows": ("", "--train_data_dir .*has no captions; write a metadata.jsonl .*file_name"),
+    "not json": ('{"file_name": "1.png", "text": "a"}\n{oops\n', "row 2 of .*metadata.jsonl cannot be read .*correct"),
+    "no file_name": ('{"text": "a"}\n', "row 1 of .*metadata.jsonl.*no file_name"),
+    "no object": ("[1]\n", "row 1 of .*metadata.jsonl.*no file_name"),
+    "missing file": (
+        '{"file_name": "gone.png", "text": "a"}\n{"file_name": "1.png", "text": "a"}\n',
+        "1 of the metadata rows name a file that is not there .first: gone.png in .*.jsonl.; correct file_name",
+    ),
+    "no text column": ('{"file_name": "1.png"}\n', "no caption column text;.*--caption_column: none is, so add one"),
+    "two text columns": ('{"file_name": "1.png", "a": "x", "b": "y"}\n', "no caption column text;.*_column: a, b."),
+    "empty caption": (
+        '{"file_name": "1.png", "text": "a"}\n{"file_name": "2.png", "text": " "}\n{"file_name": "3.png"}\n',
+        "2 of the captions in column text are empty or no text .first: ' ' for .*2.png.*--caption_column",
+    ),
+    "null caption": ('{"file_name": "1.png", "text": null}\n', "1 of the captions .*first: None for .*1.png"),
+    "number": ('{"file_name": "1.png", "text": 7}\n', "1 of the captions .*first: 7 for .*1.png"),
+    "empty list": ('{"file_name": "1.png", "text": []}\n', r"1 of the captions .*first: \[\] for .*1.png"),
+    "list with null": ('{"file_name": "1.png", "text": ["a", null]}\n', "1 of the captions .*1.png"),
+}
+
+
+@pytest.mark.parametrize("error", METADATA_ERRORS)
+def test_an_error_in_the_metadata_is_one_sentence(folder, error):
+    content, sentence = METADATA_ERRORS[error]
+    (folder / "metadata.jsonl").write_text(content)
+    with pytest.raises(UserError, match=sentence) as raised:
+        read_image_folder(str(folder))
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_a_caption_with_an_unquoted_comma_is_not_cut_short(folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n1.png,plain\n2.png,a red, round ball\n")
+    with pytest.raises(UserError, match="row 2 of .*metadata.csv.*commas needs quotes"):
+        read_image_folder(str(folder))
+    (folder / "metadata.csv").write_text('file_name,text\n1.png,"never closed\n2.png,b\n')
+    with pytest.raises(UserError, match="row 1 of .*metadata.csv cannot be read"):
+        read_image_folder(str(folder))
+
+
+def test_errors_about_the_folder_name_the_flag_and_the_remedy(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="--train_data_dir .*nowhere is not a folder; give"):
+        read_image_folder(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="--train_data_dir .*empty contains no images.*--dataset_name"):
+        read_image_folder(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="--image_column photo does not apply to --train_data_dir.*leave the flag out"):
+        read_image_folder(str(folder), image_column="photo")
+    with pytest.raises(UserError, match="no caption column prompt;.*--caption_column: text"):
+        read_image_folder(str(folder), caption_column="prompt")
+    (folder / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(UserError, match="metadata.jsonl and .*metadata.csv are both there; keep"):
+        read_image_folder(str(folder))
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match="--train_data_dir .*has no captions; write a metadata.jsonl"):
+        read_image_folder(str(folder))
+
+
+def test_folders_are_read_without_importing_torch_or_datasets(folder):
+    code = f"""
+import sys, data_utils
+samples, bad = data_utils.check_images(data_utils.read_image_folder({str(folder)!r}))
+assert data_utils.TrainingStream(samples, 0, 8)[3]["pixel_values"].shape == (3, 8, 8)
+print(len(samples), sorted({{"torch", "datasets", "pyarrow", "diffusers"}} & set(sys.modules)))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(data_utils.__file__)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.stdout == "10 []\n", result.stderr
+
+
+# Datasets
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Six rows with images of ids 0 to 5 as columns image, text, and others."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    images = [{"bytes": encoded(image_with_id(number), "PNG"), "path": None} for number in range(6)]
+    columns = {
+        "image": images,
+        "label": list(range(6)),
+        "text": [f"photo {number}" for number in range(6)],
+        "all_captions": [[f"photo {number}", "photo"] for number in range(6)],
+        "holes": ["a", None, "", "b", "c", "d"],
+    }
+    features = {"image": datasets.Image(), "label": datasets.Value("int64"), "text": datasets.Value("string")}
+    features |= {"all_captions": datasets.Sequence(datasets.Value("string")), "holes": datasets.Value("string")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("layout", ["save_to_disk", "dict", "parquet file", "parquet folder", "arrow file"])
+def test_local_datasets_give_images_with_their_captions(dataset, tmp_path, layout):
+    import datasets
+
+    place = tmp_path / "data"
+    if layout == "save_to_disk":
+        dataset.save_to_disk(place)
+    elif layout == "dict":
+        datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(place)
+    elif layout == "arrow file":
+        dataset.save_to_disk(place)
+        place = place / "data-00000-of-00001.arrow"
+    else:
+        place.mkdir()
+        dataset.to_parquet(place / "train.parquet")
+        place = place / "train.parquet" if layout == "parquet file" else place
+    samples = read_hub_dataset(str(place), cache_dir=str(tmp_path / "cache"))
+    samples, bad = check_images(samples)
+    assert (len(samples), bad) == (6, {})
+    stream = TrainingStream(samples, seed=0, resolution=8)
+    for num_workers in (0, 2):
+        for batch in take(build_dataloader(stream, 4, num_workers=num_workers), 3):
+            assert batch["captions"] == [f"photo {number}" for number in ids(batch)]
+
+
+def test_dataset_columns_are_found_chosen_or_listed(dataset, tmp_path):
+    def read(columns=None, **flags):
+        place = str(tmp_path / f"data{len(os.listdir(tmp_path))}")
+        (dataset.select_columns(columns) if columns else dataset).save_to_disk(place)
+        return read_hub_dataset(place, **flags)
+
+    assert read()[2][1] == "photo 2"
+    assert read(caption_column="all_captions")[2][1] == ["photo 2", "photo"]
+    dataset.with_format("numpy").save_to_disk(tmp_path / "numpy")  # which would read lists as arrays
+    assert read_hub_dataset(str(tmp_path / "numpy"), caption_column="all_captions")[2][1] == ["photo 2", "photo"]
+    renamed = read(["image", "text"]).dataset.rename_columns({"image": "jpg", "text": "prompt"})
+    renamed.save_to_disk(tmp_path / "renamed")
+    samples = read_hub_dataset(str(tmp_path / "renamed"))  # neither name is there: the first and the second column
+    assert samples[4][1] == "photo 4" and load_image(samples[4][0]).getpixel((0, 0))[0] == 4
+
+    listed = "image, label, text, all_captions, holes"
+    with pytest.raises(UserError, match=f"--dataset_name .* has no column prompt for --caption_column; .*: {listed}"):
+        read(caption_column="prompt")
+    with pytest.raises(UserError, match=f"--dataset_name .* has no column jpg for --image_column; .*: {listed}"):
+        read(image_column="jpg")
+    with pytest.raises(UserError, match=f"column label of --dataset_name .*not hold images.*--image_column: {listed}"):
+        read(image_column="label")
+    with pytest.raises(
+        UserError, match="2 of the captions in column holes are empty or no text .first: None for row 1"
+    ):
+        read(caption_column="holes")
+    with pytest.raises(UserError, match="6 of the captions in column label .*first: 0 for row 0.*--caption_column"):
+        read(caption_column="label")
+    with pytest.raises(UserError, match="has no column text for --caption_column"):
+        read(["image"])
+
+
+def test_a_dataset_that_is_not_there_is_one_sentence(dataset, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    datasets.DatasetDict({"test": dataset}).save_to_disk(tmp_path / "untrained")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet" * 100)
+    (tmp_path / "x.zip").write_bytes(b"")
+    reasons = {"nobody/nothing": "Hub", str(tmp_path / "untrained"): "no split train, only test"}
+    reasons |= {str(tmp_path / "empty"): "any data files", str(tmp_path / "bad.parquet"): "not a parquet file"}
+    reasons |= {str(tmp_path / "x.zip"): "must be .parquet or .arrow"}
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=f"--dataset_name {name} cannot be loaded .*{reason}.*; check the name"):
+            read_hub_dataset(name, cache_dir=str(tmp_path / "cache"))
+
+
+def test_max_train_samples_draws_what_the_diffusers_scripts_draw(dataset, tmp_path, folder):
+    dataset.save_to_disk(tmp_path / "data")
+    samples = read_hub_dataset(str(tmp_path / "data"))
+    expected = dataset.shuffle(seed=7).select(range(4))["text"]
+    limited = limit_samples(samples, 4, seed=7)
+    assert [caption for _, caption in (limited[index] for index in range(4))] == list(expected)
+    assert len(limited) == 4 and len(samples) == 6
+    assert limit_samples(samples, None, 7) is samples and limit_samples(samples, 6, 7) is samples
+    files = read_image_folder(str(folder))
+    drawn = limit_samples(files, 3, seed=7)
+    assert len(set(drawn)) == 3 and set(drawn) < set(files)
+
+
+# Bad images
+
+
+def break_image(path, how):
+    if how == "cut":
+        image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        path.write_bytes(encoded(Image.fromarray(image), "JPEG")[:-200])
+    elif how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "text": b"no image"}[how])
+
+
+REASONS = {"cut": "truncated", "gone": "No such file", "empty": "not an image", "text": "not an image"}
+
+
+@pytest.mark.parametrize("how", REASONS)
+def test_bad_images_are_found_named_and_counted_before_training(folder, caplog, how):
+    samples = read_image_folder(str(folder))
+    break_image(folder / "3.png", how)
+    break_image(folder / "7.png", how)
+    sentence = f"2 of the images cannot be read, more than --max_bad_images 1 allows: .*3.png .*{REASONS[how]}.*7.png"
+    with pytest.raises(UserError, match=sentence + ".*; repair or remove them, or raise --max_bad_images"):
+        check_images(samples, max_bad_images=1)
+    assert not caplog.records
+    good, bad = check_images(samples, max_bad_images=2)
+    assert good == [sample for number, sample in enumerate(samples) if number not in (3, 7)]
+    assert list(bad) == [str(folder / "3.png"), str(folder / "7.png")]
+    assert len(caplog.records) == 1 and "3.png" in caplog.text and "7.png" in caplog.text
+
+
+def test_of_many_images_only_some_are_read_at_start(monkeypatch):
+    monkeypatch.setattr(data_utils, "MAX_CHECKED_IMAGES", 10)
+    data, read = encoded(image_with_id(1), "PNG"), []
+    monkeypatch.setattr(data_utils, "_open_image", lambda source: read.append(1) or Image.open(io.BytesIO(source)))
+    for count, at_most in ((10, 10), (11, 10), (99, 10), (3, 3)):
+        read.clear()
+        assert len(check_images([(data, "x")] * count)[0]) == count
+        assert at_most / 2 <= len(read) <= at_most
+
+
+def test_a_bad_row_of_a_dataset_is_named_by_its_number(dataset, tmp_path):
+    import datasets
+
+    rows = [{"bytes": encoded(image_with_id(number), "PNG"), "path": None} for number in range(6)]
+    rows[2], rows[4] = None, {"bytes": b"no image", "path": None}
+    features = datasets.Features({name: dataset.features[name] for name in ("image", "text")})
+    broken = datasets.Dataset.from_dict({"image": rows, "text": dataset["text"][:]}, features=features)
+    broken.save_to_disk(tmp_path / "data")
+    samples = read_hub_dataset(str(tmp_path / "data"))
+    with pytest.raises(UserError, match="2 of the images .*row 2 of the dataset .not an image.*row 4 of the dataset"):
+        check_images(samples)
+    good, bad = check_images(samples, 2)
+    assert [good[index][1] for index in range(len(good))] == ["photo 0", "photo 1", "photo 3", "photo 5"]
+    assert set(bad) == {"row 2 of the dataset", "row 4 of the dataset"}
+    limited = limit_samples(samples, 5, seed=7)  # rows keep their numbers when a choice is made from a choice
+    good, bad = check_images(limited, 2)
+    rows = np.random.default_rng(7).permutation(6)[:5]
+    assert [good[index][1] for index in range(len(good))] == [f"photo {row}" for row in rows if row not in (2, 4)]
+    assert set(bad) == {f"row {row} of the dataset" for row in rows if row in (2, 4)} and bad
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_lost_during_training_stops_it_with_one_sentence(folder, stream, num_workers):
+    (folder / "6.png").unlink()
+    place = [stream.index(position) for position in range(10)].index(6)
+    loader = build_dataloader(stream, 2, num_workers=num_workers)
+    assert len(take(loader, place // 2)) == place // 2  # all batches before it are good
+    with pytest.raises(UserError) as raised:
+        next(loader)
+    assert str(raised.value) == (
+        f"1 of the images cannot be read, more than --max_bad_images 0 allows: {folder / '6.png'} (No such file or "
+        "directory); repair or remove them, or raise --max_bad_images."
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_lost_image_within_the_allowance_is_replaced_by_the_next_with_one_warning(folder, num_workers, tmp_path):
+    stream = TrainingStream(read_image_folder(str(folder)), seed=5, resolution=8, max_bad_images=1)
+    order = [stream.index(position) for position in range(30)]
+    lost = order[9]  # the last of the first epoch, so that the first takes its place
+    (folder / f"{lost}.png").unlink()
+    expected = list(order)
+    for position, number in enumerate(order):
+        if number == lost:
+            expected[position] = order[position // 10 * 10 + (position + 1) % 10]
+    log = logging.FileHandler(tmp_path / "log")  # a file, because what workers write must be seen as well
+    logging.getLogger("data_utils").addHandler(log)
+    try:
+        batches = take(build_dataloader(stream, 3, num_workers=num_workers), 10)
+    finally:
+        logging.getLogger("data_utils").removeHandler(log)
+        log.close()
+    assert [number for batch in batches for number in ids(batch)] == expected
+    assert [caption for batch in batches for caption in batch["captions"]] == [f"photo {n}" for n in expected]
+    told = (tmp_path / "log").read_text()
+    assert told.count("\n") == 1 and f"{lost}.png (No such file" in told
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_losses_in_different_workers_count_together(folder, num_workers):
+    stream = TrainingStream(read_image_folder(str(folder)), seed=5, resolution=8, max_bad_images=1)
+    lost = [stream.index(0), stream.index(2)]  # first samples of the first two batches: one for each worker
+    for number in lost:
+        (folder / f"{number}.png").unlink()
+    loader = build_dataloader(stream, 2, num_workers=num_workers)
+    next(loader)
+    with pytest.raises(UserError, match=f"2 of the images .*{lost[0]}.png.*{lost[1]}.png.*--max_bad_images"):
+        next(loader)
+
+
+def test_what_was_left_out_at_start_counts_against_the_allowance(folder):
+    samples = read_image_folder(str(folder))
+    (folder / "1.png").unlink()
+    samples, bad = check_images(samples, max_bad_images=1)
+    (folder / "2.png").unlink()
+    stream = TrainingStream(samples, seed=5, resolution=8, max_bad_images=1, bad=bad)
+    with pytest.raises(UserError, match="2 of the images .*1.png.*2.png"):
+        take(build_dataloader(stream, 9), 1)
+
+
+def test_no_image_left_is_an_error_not_an_endless_search(folder):
+    samples = read_image_folder(str(folder))
+    stream = TrainingStream(samples, seed=5, resolution=8, max_bad_images=100)
+    for number in range(10):
+        (folder / f"{number}.png").unlink()
+    with pytest.raises(UserError, match="10 of the images cannot be read"):
+        stream[0]
+    with pytest.raises(UserError, match="no image to train on; check --train_data_dir"):
+        TrainingStream(check_images(samples, 100)[0], seed=5, resolution=8)

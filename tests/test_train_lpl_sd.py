@@ -1,0 +1,360 @@
+"""train_lpl_sd.py as its users run it, on tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_log
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import build_tiny_sd, build_tiny_vae
+
+import train_lpl_sd
+from arguments import UserError
+from data_utils import TrainingStream, read_image_folder
+from lpl_utils import LatentPerceptualLoss
+from train_utils import sample_generators
+
+
+ROOT = Path(train_lpl_sd.__file__).parent
+WIDE_GATE = ("--lpl_sigma_threshold", 80)  # tau 20 at 64 pixels: every timestep of SD's schedule
+
+
+def unet_weights(output, part="unet"):
+    return load_file(output / part / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def sample(folder):
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("a red fox", num_inference_steps=2, height=64, width=64, output_type="pt").images
+    assert images.shape == (1, 3, 64, 64) and images.isfinite().all()
+
+
+def plain_finetuning(model, photos, steps, batch_size, accumulation=1, warmup=0, lpl_weight=0.0):
+    """The training loop once more, without accelerate: AdamW on epsilon's squared error (and LPL, all samples)."""
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").train()
+    pipe = StableDiffusionPipeline.from_pretrained(model, unet=unet)
+    scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    lpl = LatentPerceptualLoss(pipe.vae, chunk_size=0)
+    stream = TrainingStream(read_image_folder(photos), seed=0, resolution=64)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    position = 0
+    for _ in range(steps):
+        for _ in range(accumulation):
+            rows = [stream[i] for i in range(position, position + batch_size)]
+            generators = sample_generators(0, range(position, position + batch_size))
+            position += batch_size
+            with torch.no_grad():
+                pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+                posterior = pipe.vae.encode(pixels).latent_dist
+                draws = [torch.randn(posterior.mean[0].shape, generator=generator) for generator in generators]
+                latents = (posterior.mean + posterior.std * torch.stack(draws)) * pipe.vae.config.scaling_factor
+                tokens = pipe.tokenizer([r["caption"] for r in rows], padding="max_length", return_tensors="pt")
+                states = pipe.text_encoder(tokens.input_ids)[0]
+            timesteps = torch.tensor([torch.randint(0, 1000, (1,), generator=generator) for generator in generators])
+            noise = torch.stack([torch.randn(latents[0].shape, generator=generator) for generator in generators])
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            prediction = unet(noisy, timesteps, states).sample
+            loss = torch.nn.functional.mse_loss(prediction, noise)
+            if lpl_weight:
+                steps_back = zip(prediction, timesteps, noisy)
+                z0_hat = torch.stack([scheduler.step(p, t, z).pred_original_sample for p, t, z in steps_back])
+                loss = loss + lpl_weight * lpl(z0_hat, latents)[0].mean()
+            (loss / accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return unet.state_dict()
+
+
+# What is trained
+
+
+def test_without_lpl_it_is_the_plain_loop(train, tiny_sd, photos):
+    flags = ("--lr_scheduler", "cosine", "--lr_warmup_steps", 1, "--gradient_accumulation_steps", 2)
+    trained = unet_weights(train("--lpl_weight", 0, *flags))
+    expected = plain_finetuning(tiny_sd, photos, steps=4, batch_size=2, accumulation=2, warmup=1)
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_with_lpl_it_is_the_plain_loop_with_lpl(train, tiny_sd, photos):
+    trained = unet_weights(train("--lpl_weight", 0.5, *WIDE_GATE, "--lr_scheduler", "cosine", "--lr_warmup_steps", 0))
+    expected = plain_finetuning(tiny_sd, photos, steps=4, batch_size=2, lpl_weight=0.5)
+    without = plain_finetuning(tiny_sd, photos, steps=4, batch_size=2)
+    moved = max((expected[name] - without[name]).abs().max() for name in expected)
+    difference = max((expected[name] - trained[name]).abs().max() for name in expected)
+    assert difference < 0.02 * moved  # Adam turns rounding errors of tiny gradients into visible ones
+
+
+@pytest.mark.parametrize("weighting", ["inverse", "balanced"])
+def test_auto_reaches_its_share_and_leaves_everything_else_alone(train, weighting):
+    flags = (*WIDE_GATE, "--lpl_weighting", weighting, "--checkpointing_steps", 4)
+    auto = train(*flags, "--lpl_target_share", 0.3, "--learning_rate", 0, "--max_train_steps", 16, name="still")
+    log = read_log(auto)
+    # With frozen weights, the 16 batches measured are the 16 batches then trained on.
+    assert sum(row["lpl"] for row in log) / sum(row["loss"] for row in log) == pytest.approx(0.3, rel=1e-5)
+
+    auto = train(*flags, name="auto")
+    state = json.loads((auto / "checkpoint-4" / "training_state.json").read_text())["lpl"]
+    if weighting == "balanced":
+        first = [read_log(auto)[0][f"block_loss/{l}"] * state["omega"][l] for l in range(5)]
+        assert max(first) < 1.5 * min(first)
+    else:
+        assert state["omega"] == [1, 0.5, 0.25, 0.125, 0.125]
+        given = train(*WIDE_GATE, "--lpl_weight", repr(state["weight"]), name="given")
+        assert_same_weights(unet_weights(auto), unet_weights(given))
+
+
+def test_lpl_falls_on_a_fixed_batch(train):
+    # One photo whose only crop is its centre; the noise depends on the position, so that is fixed as well.
+    before = train_lpl_sd.sample_generators
+    train_lpl_sd.sample_generators = lambda seed, positions: before(seed, [2] * len(positions))
+    try:
+        flags = (
+            "--max_train_samples",
+            1,
+            "--center_crop",
+            "--lpl_weight",
+            1,
+            "--lpl_sigma_threshold",
+            4,
+            "--learning_rate",
+            2e-3,
+        )
+        log = read_log(train(*flags, steps=12))
+    finally:
+        train_lpl_sd.sample_generators = before
+    assert log[-1]["lpl"] < 0.9 * log[0]["lpl"]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("scheduler", ["DDIM", "PNDM"])
+def test_prediction_types_train_and_are_saved(train, tmp_path, prediction_type, scheduler):
+    model = build_tiny_sd(tmp_path / "model", scheduler=scheduler)
+    output = train("--prediction_type", prediction_type, *WIDE_GATE, model=model, steps=2)
+    config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == prediction_type
+    sample(output)
+
+
+def test_zero_terminal_snr_is_trained_and_saved(train, tmp_path):
+    model = build_tiny_sd(tmp_path / "model", scheduler="PNDM", prediction_type="v_prediction")
+    output = train("--rescale_betas_zero_snr", *WIDE_GATE, model=model, steps=2)
+    scheduler = StableDiffusionPipeline.from_pretrained(output).scheduler
+    assert scheduler.config.timestep_spacing == "trailing"
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert not scheduler.config.clip_sample
+    sample(output)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AsymmetricAutoencoderKL"])
+@pytest.mark.parametrize("given", [False, True], ids=["in the pipeline", "by flag"])
+def test_every_vae_trains_saves_reloads_samples(train, tmp_path, kind, given):
+    vae = build_tiny_vae(kind, seed=1)
+    flags, model = (), None
+    if given:
+        vae.save_pretrained(tmp_path / "vae")
+        flags, model = ("--pretrained_vae_model_name_or_path", tmp_path / "vae"), build_tiny_sd(tmp_path / "model")
+    else:
+        model = build_tiny_sd(tmp_path / "model", vae=vae)
+    output = train(*flags, *WIDE_GATE, "--gradient_checkpointing", model=model, steps=3)
+    assert type(StableDiffusionPipeline.from_pretrained(output).vae).__name__ == kind
+    saved = load_file(output / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in vae.state_dict().items())
+    assert all(row["lpl"] > 0 for row in read_log(output))
+    sample(output)
+
+
+def test_bf16_trains_float32_weights_and_saves_the_frozen_models_unchanged(train, tiny_sd):
+    output = train("--mixed_precision", "bf16", *WIDE_GATE, "--use_ema", "--validation_prompts", "fox")
+    assert {value.dtype for value in unet_weights(output).values()} == {torch.float32}
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        before, after = (load_file(folder / f"{part}.safetensors") for folder in (tiny_sd, output))
+        assert_same_weights(before, after)
+
+
+def test_lpl_starts_at_its_step(train):
+    log = read_log(train("--lpl_start_step", 2, *WIDE_GATE))
+    assert ["lpl" in row for row in log] == [False, False, True, True]
+
+
+def test_weight_zero_never_decodes_and_warns_once(train, monkeypatch, caplog):
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("the decoder was used"))
+    train("--lpl_weight", 0, "--lpl_num_blocks", 3)
+    assert [r.message for r in caplog.records if "--lpl_" in r.message] == [
+        "--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect."
+    ]
+
+
+def test_max_samples_bounds_what_is_decoded(train, monkeypatch):
+    sizes = []
+    call = LatentPerceptualLoss.__call__
+    monkeypatch.setattr(
+        LatentPerceptualLoss, "__call__", lambda self, z0_hat, z0: sizes.append(len(z0)) or call(self, z0_hat, z0)
+    )
+    train("--lpl_max_samples", 1, "--lpl_weight", 1, *WIDE_GATE, "--train_batch_size", 4)
+    assert sizes == [1] * 4
+
+
+# Average weights, validation, logs
+
+
+def test_saved_weights_are_the_average_and_validation_changes_nothing(train):
+    flags = ("--use_ema", "--ema_decay", 0.5, "--checkpointing_steps", 1, *WIDE_GATE)
+    drawn = train(*flags, "--validation_prompts", "a fox", "a boat", "--validation_steps", 2, name="drawn")
+    plain = train(*flags, name="plain")
+    assert_same_weights(unet_weights(drawn), unet_weights(plain))
+    assert_same_weights(unet_weights(drawn), unet_weights(drawn / "checkpoint-4", "unet_ema"))
+
+    # The average by hand: decay min(0.5, (1 + n) / (10 + n)) at the n-th update, from the second on.
+    weights = [unet_weights(drawn / f"checkpoint-{step}") for step in range(1, 5)]
+    for name, value in unet_weights(drawn).items():
+        average = weights[0][name]
+        for n, update in enumerate(weights[1:], start=1):
+            decay = min(0.5, (1 + n) / (10 + n))
+            average = decay * average + (1 - decay) * update[name]
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-7)
+
+    grid = Image.open(drawn / "samples" / "step-000004.png")
+    assert grid.size == (4 * 64, 2 * 64)
+    # Drawn with the average: the first image of the grid is what the saved pipeline draws with the same seed.
+    pipe = StableDiffusionPipeline.from_pretrained(drawn)
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    images = pipe(["a fox"] * 4, height=64, width=64, num_inference_steps=25, generator=generators).images
+    difference = np.abs(np.asarray(grid.crop((0, 0, 64, 64)), int) - np.asarray(images[0], int))
+    assert difference.max() <= 1
+
+
+def test_default_ema_decay_depends_on_lpl(train, monkeypatch):
+    decays = []
+    monkeypatch.setattr(
+        train_lpl_sd, "make_ema", lambda args, model, default_decay: decays.append(default_decay) or None
+    )
+    train("--use_ema", steps=1, name="with")
+    train("--use_ema", "--lpl_weight", 0, steps=1, name="without")
+    assert decays == [0.99975, 0.9999]
+
+
+def test_schedule_counts_optimizer_steps(train):
+    flags = ("--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--gradient_accumulation_steps", 3)
+    log = read_log(train("--lpl_weight", 0, *flags, steps=6))
+    # The rate after n steps: up in 2, then down to 0 at the sixth.
+    assert [row["lr"] / 1e-4 for row in log] == pytest.approx([0.5, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_tensorboard_gets_scalars_and_images(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--report_to", "tensorboard", "--validation_prompts", "fox", "--validation_steps", 2, *WIDE_GATE)
+    output = train(*flags, "--num_validation_images", 1)
+    (folder,) = (output / "logs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0}).Reload()
+    logged = [row["lpl_share"] for row in read_log(output)]
+    assert [event.value for event in events.Scalars("lpl_share")] == pytest.approx(logged, rel=1e-5)
+    assert [event.step for event in events.Images("validation")] == [2, 4]
+    assert {"grad_norm_lpl", "grad_cosine", "variance_ratio/4", "gated_share"} <= set(events.Tags()["scalars"])
+
+
+# Checkpoints
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(train, photos):
+    # 6 steps of 2 x 2 samples over 10 photos: the checkpoint at step 3 is in the middle of the second epoch.
+    flags = ("--use_ema", "--gradient_accumulation_steps", 2, "--random_flip", *WIDE_GATE)
+    flags += ("--checkpointing_steps", 3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2)
+    flags += ("--proportion_empty_prompts", 0.5, "--noise_offset", 0.1)
+    whole = train(*flags, steps=6, name="whole")
+    resumed = whole.with_name("resumed")
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6, name="resumed")
+    for part in ("checkpoint-6/unet", "checkpoint-6/unet_ema", "unet"):
+        assert_same_weights(unet_weights(whole, part), unet_weights(resumed, part))
+    assert [row["loss"] for row in read_log(resumed)] == [row["loss"] for row in read_log(whole)[3:]]
+
+
+def test_latest_without_a_checkpoint_starts_at_zero_and_says_so(train, capsys):
+    output = train("--resume_from_checkpoint", "latest", "--seed", 0, "--lpl_weight", 0, steps=2)
+    assert "starting at step 0" in capsys.readouterr().out
+    assert len(read_log(output)) == 2
+
+
+def test_resume_refuses_other_data_and_another_seed(train):
+    flags = ("--checkpointing_steps", 1, "--lpl_weight", 0)
+    train(*flags, steps=1)
+    with pytest.raises(UserError, match="had 10 samples, now there are 4"):
+        train(*flags, "--resume_from_checkpoint", "latest", "--max_train_samples", 4)
+    with pytest.raises(UserError, match="--seed 5: the run to resume has seed 0"):
+        train(*flags, "--resume_from_checkpoint", "latest", "--seed", 5)
+
+
+def test_old_checkpoints_go_after_the_new_one_is_complete(train, monkeypatch):
+    output = train("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--lpl_weight", 0, steps=5)
+    assert {path.name for path in output.glob("*checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+
+    from accelerate import Accelerator
+
+    def full_disk(self, folder):
+        Path(folder, "half").write_text("written")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full_disk)
+    flags = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--lpl_weight", 0)
+    with pytest.raises(UserError, match="checkpoint-6.*No space left.*checkpoint-5"):
+        train(*flags, "--resume_from_checkpoint", "latest", steps=6)
+    monkeypatch.undo()
+    assert (output / "checkpoint-5" / "training_state.json").exists()
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6)
+    assert {path.name for path in output.glob("*checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(train, tmp_path):
+    flags = ("--learning_rate", 1e18, "--checkpointing_steps", 1, "--lpl_weight", 0)
+    with pytest.raises(UserError, match=r"step 2: loss (nan|inf).*sigma/alpha \d") as error:
+        train(*flags)
+    assert "\n" not in str(error.value)
+    out = tmp_path / "out"
+    assert [path.name for path in out.glob("*checkpoint-*")] == ["checkpoint-1"]
+    assert not (out / "unet").exists()
+
+
+# Several processes
+
+
+def test_two_processes_make_the_step_of_one_with_the_same_global_batch(train, tiny_sd, photos, tmp_path):
+    flags = ("--lr_scheduler", "constant", *WIDE_GATE, "--lpl_target_share", 0.4, "--checkpointing_steps", 3)
+    one = train(*flags, "--train_batch_size", 4, steps=3, name="one")
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    command += [ROOT / "train_lpl_sd.py", "--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", photos]
+    command += ["--output_dir", two, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
+    command += ["--max_train_steps", 3, "--logging_steps", 1, "--seed", 0, *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "2 samples x 2 processes" in result.stderr
+    for row, expected in zip(read_log(two), read_log(one), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["lpl"] == pytest.approx(expected["lpl"], rel=1e-3)
+    start = unet_weights(tiny_sd)
+    weights, expected = unet_weights(two), unet_weights(one)
+    moved = max((expected[name] - start[name]).abs().max() for name in start)
+    assert max((expected[name] - weights[name]).abs().max() for name in start) < 0.02 * moved

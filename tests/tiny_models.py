@@ -1,0 +1,185 @@
+"""Tiny random Stable Diffusion pipelines and photo folders, built offline in well under a second."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+LEVELS, LEVEL_STEP = 8, 32  # a photo's id is three base-8 digits, one per colour channel
+WORDS = ("a red fox", "two boats at sea", "an old street", "a bowl of fruit", "snow on the hills", "a cat, asleep")
+
+
+def build_tiny_vae(
+    kind="AutoencoderKL",
+    post_quant_conv=True,
+    shift_factor=None,
+    seed=0,
+    block_out_channels=(8, 16, 16, 16),
+    latent_channels=4,
+    scaling_factor=0.18215,
+    layers_per_block=1,
+    norm_num_groups=4,
+    sample_size=32,
+    **config,
+):
+    """A random VAE in eval mode whose decoder has a mid block and `len(block_out_channels)` up blocks (4: factor 8).
+
+    kind: "AutoencoderKL" or "AsymmetricAutoencoderKL" (a decoder twice as wide as the encoder, as in the paper's).
+    post_quant_conv, shift_factor: only AutoencoderKL can do without the one or with the other.
+    """
+    from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+
+    depth = len(block_out_channels)
+    shared = {
+        "latent_channels": latent_channels,
+        "scaling_factor": scaling_factor,
+        "norm_num_groups": norm_num_groups,
+        "sample_size": sample_size,
+        "down_block_types": ("DownEncoderBlock2D",) * depth,
+        "up_block_types": ("UpDecoderBlock2D",) * depth,
+        **config,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "AutoencoderKL":
+            vae = AutoencoderKL(
+                block_out_channels=block_out_channels,
+                layers_per_block=layers_per_block,
+                shift_factor=shift_factor,
+                use_quant_conv=post_quant_conv,
+                use_post_quant_conv=post_quant_conv,
+                force_upcast=False,
+                **shared,
+            )
+        elif kind == "AsymmetricAutoencoderKL":
+            if not post_quant_conv or shift_factor is not None:
+                raise ValueError("AsymmetricAutoencoderKL always has post_quant_conv and never a shift factor.")
+            vae = AsymmetricAutoencoderKL(
+                down_block_out_channels=block_out_channels,
+                layers_per_down_block=layers_per_block,
+                up_block_out_channels=tuple(2 * channels for channels in block_out_channels),
+                layers_per_up_block=layers_per_block,
+                **shared,
+            )
+        else:
+            raise ValueError(f"Unknown kind {kind!r}.")
+    return vae.eval()
+
+
+def build_tiny_tokenizer():
+    """CLIP's tokenizer with the 256 bytes (as such, and at the end of a word), two specials and no merges."""
+    from transformers import CLIPTokenizer
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    tokens = characters + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def build_tiny_sd(
+    folder,
+    vae_kind="AutoencoderKL",
+    prediction_type="epsilon",
+    seed=0,
+    scheduler="DDIM",
+    sample_size=8,
+    unet_channels=(8, 16),
+    vae=None,
+    **scheduler_config,
+):
+    """Saves a stock StableDiffusionPipeline with random weights into `folder` and returns its path.
+
+    scheduler: "DDIM" or "PNDM" (which knows no prediction type "sample"), with SD's noise schedule.
+    sample_size: side of the latents; images are 8 times as large. vae: takes the place of the tiny one.
+    """
+    from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = build_tiny_tokenizer()
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    noise |= {"steps_offset": 1, "set_alpha_to_one": False, "prediction_type": prediction_type, **scheduler_config}
+    if scheduler == "DDIM":
+        noise_scheduler = DDIMScheduler(**{"clip_sample": False, **noise})
+    else:
+        noise_scheduler = PNDMScheduler(**{"skip_prk_steps": True, **noise})
+    vae = vae or build_tiny_vae(vae_kind, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            block_out_channels=unet_channels,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                projection_dim=16,
+                max_position_embeddings=77,
+            )
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=noise_scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def build_photo_folder(folder, n, size, seed=0):
+    """`n` <= 512 PNGs of `size` pixels (an int, or width and height) and `metadata.jsonl` (file_name, text).
+
+    The mean colour of photo i is a code of i (`photo_id` reads it back, also from a crop, a flip or a resized copy);
+    a texture whose mean is zero makes every photo different from a flat one. Returns the folder.
+    """
+    if n > LEVELS**3:
+        raise ValueError(f"At most {LEVELS**3} photos can be told apart.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    width, height = (size, size) if isinstance(size, int) else size
+    random = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        code = (211 * i + 37) % LEVELS**3  # 211 is odd: one to one, and neighbours differ in more than one channel
+        colour = np.array([code // LEVELS**2, code // LEVELS % LEVELS, code % LEVELS]) * LEVEL_STEP + LEVEL_STEP // 2
+        texture = random.integers(-6, 7, (height, width, 1))
+        texture = texture - np.rint(texture.mean()).astype(int)
+        pixels = np.clip(colour + texture, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"photo_{i:04d}.png")
+        rows.append({"file_name": f"photo_{i:04d}.png", "text": f"{WORDS[i % len(WORDS)]}, number {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def photo_id(photo):
+    """The i of a photo made by `build_photo_folder`: a PIL image, or a tensor [3, H, W] with values in [-1, 1]."""
+    if isinstance(photo, torch.Tensor):
+        mean = (photo.double().mean((1, 2)).numpy() + 1) * 127.5
+    else:
+        mean = np.asarray(photo.convert("RGB"), dtype=np.float64).mean((0, 1))
+    digits = np.rint((mean - LEVEL_STEP // 2) / LEVEL_STEP).astype(int)
+    code = int(digits @ [LEVELS**2, LEVELS, 1])
+    return (code - 37) * pow(211, -1, LEVELS**3) % LEVELS**3
