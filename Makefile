@@ -1,0 +1,31 @@
+# Everything runs in an environment of its own, .venv, which the first target to need it creates.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test_all style quality
+
+demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about six minutes on two cores
+	$(BIN)/python demo/run_demo.py
+
+test: .venv/test  ## the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test_all: .venv/test  ## the slow ones as well
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ""
+
+style: .venv/test
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+quality: .venv/test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/base: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "Installing the libraries; this takes a minute or more."
+	$(INSTALL) --requirement requirements.txt
+	touch $@
+
+.venv/%: requirements-%.txt .venv/base
+	$(INSTALL) --requirement $<
+	touch $@
