@@ -203,7 +203,8 @@ class LatentPerceptualLoss:
                 phi = self.features(z0)
             loss, stats = self._compare(self.features(z0_hat), phi)
         else:
-            loss, stats = _Streamed.apply(z0_hat, z0, self)
+            with torch.autocast(z0.device.type, enabled=False):  # its backward pass runs in here as well
+                loss, stats = _Streamed.apply(z0_hat, z0, self)
         return loss, dict(zip(STATS, stats.unbind(-1)))
 
     def balance(self, block_loss_means):
@@ -211,17 +212,22 @@ class LatentPerceptualLoss:
         means = torch.as_tensor(block_loss_means).detach().cpu().double()
         if not (means > 0).all():
             raise ValueError("balanced weighting needs a positive mean for every hooked block.")
-        self.omega = means[0] / means
+        self._omega = (means[0] / means).tolist()
+
+    @property
+    def omega(self):
+        """The blocks' weights omega_l, `[L]` float64."""
+        return torch.tensor(self._omega, dtype=torch.float64)
 
     def state_dict(self):
         """What calibration froze: `{"omega": [L] tensor, "weight": float or None}`."""
-        return {"omega": self.omega.clone(), "weight": self.weight}
+        return {"omega": self.omega, "weight": self.weight}
 
     def load_state_dict(self, state_dict):
-        omega = torch.as_tensor(state_dict["omega"]).double().cpu()
-        if omega.shape != self.omega.shape:
+        omega = [float(weight) for weight in state_dict["omega"]]
+        if len(omega) != len(self.blocks):
             raise ValueError(f"the saved omega is for {len(omega)} blocks, this loss has {len(self.blocks)}.")
-        self.omega, self.weight = omega.clone(), state_dict["weight"]
+        self._omega, self.weight = omega, state_dict["weight"]
 
     # Eq. 2: the decoder's features
 
@@ -234,7 +240,7 @@ class LatentPerceptualLoss:
             if len(captured) == len(self.blocks):
                 raise _LastBlock
 
-        z = self.unscale(z).to(self.vae.dtype)
+        z = self.unscale(z.to(torch.promote_types(z.dtype, torch.float32))).to(self.vae.dtype)
         with self._hooked(keep), torch.autocast(z.device.type, enabled=False):
             try:
                 self.vae.decode(z)
@@ -284,13 +290,9 @@ class LatentPerceptualLoss:
                 raise ValueError(f"the decoder of {name} overflows in {a.dtype}: use another precision for the VAE.")
             if (a - b).float().abs().mean() > 1e-2 * a.float().std():
                 raise ValueError(f"the decoder of {name} adds noise or keeps state between calls: LPL can't use it.")
-        sides = torch.tensor([float(phi.shape[-1]) for phi in first]).double()
-        self.omega = {
-            "inverse": sides[0] / sides,
-            "exponential": 2 ** (-sides / sides[0]),
-            "uniform": torch.ones_like(sides),
-            "balanced": torch.ones_like(sides),
-        }[self.weighting]
+        growth = [phi.shape[-1] / first[0].shape[-1] for phi in first]  # r_l / r_1
+        rule = {"inverse": lambda r: 1 / r, "exponential": lambda r: 2**-r}.get(self.weighting, lambda r: 1.0)
+        self._omega = [rule(r) for r in growth]
 
     # Eq. 3: normalise, mask, weigh, compare
 
@@ -302,8 +304,6 @@ class LatentPerceptualLoss:
 
     def _compare_block(self, l, phi_hat, phi, first):
         """Layer l's weighted term `[B]` and its stats `[B, len(STATS)]`; `first`: the first layer's features."""
-        dtype = torch.promote_types(phi_hat.dtype, torch.float32)
-        phi_hat, phi = phi_hat.to(dtype), phi.to(dtype)
         positions = phi.shape[-2] * phi.shape[-1]
         valid, alive, count = None, torch.ones((), dtype=torch.bool, device=phi.device), positions
         if self.mask_outliers and phi.shape[-1] >= 4 * first.shape[-1]:
@@ -311,7 +311,7 @@ class LatentPerceptualLoss:
             count = valid.sum((-2, -1))  # [B, C]
             alive = count >= max(16, 0.05 * positions)
 
-        squared = _spatial_mean((phi - phi_hat).square(), valid, count)  # [B, C]
+        squared = _MeanSquare.apply(phi_hat, phi, valid, count)  # [B, C]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_stats):
             mean_hat, var_hat = _moments(phi_hat, valid, count, alive)
         with torch.no_grad():
@@ -323,13 +323,13 @@ class LatentPerceptualLoss:
         elif self.normalization == "target":
             term = squared / var
         elif self.normalization == "separate":
-            standard = [(x - m[..., None, None]) * v.rsqrt()[..., None, None]
-                        for x, m, v in ((phi, mean, var), (phi_hat, mean_hat, var_hat))]  # fmt: skip
-            term = _spatial_mean((standard[0] - standard[1]).square(), valid, count)
+            standard = (_float(phi) - mean[..., None, None]) * var.rsqrt()[..., None, None]
+            standard_hat = (_float(phi_hat) - mean_hat[..., None, None]) * var_hat.rsqrt()[..., None, None]
+            term = _spatial_mean((standard - standard_hat).square(), valid, count)
         else:
-            length = phi.square().sum(1, keepdim=True)  # [B, 1, h, w]
+            length = _float(phi).square().sum(1, keepdim=True)  # [B, 1, h, w]
             length = length + 1e-4 * length.flatten(1).median(1).values.view(-1, 1, 1, 1)
-            term = _spatial_mean((phi - phi_hat).square() / length.clamp(min=FLOOR), valid, count)
+            term = _spatial_mean((_float(phi) - phi_hat).square() / length.clamp(min=FLOOR), valid, count)
         if self.reduction == "sum":
             term = term * count / (first.shape[-2] * first.shape[-1])
         term = torch.where(alive, term, 0).mean(1)  # 1 / C_l
@@ -340,7 +340,7 @@ class LatentPerceptualLoss:
             masked = 1 - (count / positions).mean(1) if valid is not None else torch.zeros_like(term)
             mean_over_std = (mean_hat.abs() / var_hat.sqrt()).mean(1)
             stats = torch.stack([term, masked, target_error, variance_ratio, mean_over_std], dim=-1)
-        return self.omega[l].item() * term, stats
+        return self._omega[l] * term, stats
 
     def _valid_positions(self, phi_hat, phi):
         """rho of Eq. 3, `[B, C, h, w]` bool."""
@@ -349,7 +349,7 @@ class LatentPerceptualLoss:
         valid = None
         for source, features in (("prediction", phi_hat), ("target", phi)):
             if self.outlier_source in (source, "union"):
-                mask = outlier_mask(features, 1, side)
+                mask = _by_channels(lambda maps: outlier_mask(maps, 1, side), features)
                 valid = mask if valid is None else valid & mask
         return valid
 
@@ -387,30 +387,72 @@ def _forward_backward(lpl, z0_hat, z0):
     with torch.enable_grad():
         z0_hat = z0_hat.detach().requires_grad_()
         phi_hats = lpl.features(z0_hat)
+        half = phi_hats[0].dtype == torch.float16
         losses, stats, gradients = [], [], []
         for l, phi_hat in enumerate(phi_hats):
-            leaf = phi_hat.detach().to(torch.promote_types(phi_hat.dtype, torch.float32)).requires_grad_()
+            leaf = (_float(phi_hat) if half else phi_hat).detach().requires_grad_()
             loss, stat = lpl._compare_block(l, leaf, phis[l], phi_hats[0])
             gradients += torch.autograd.grad(loss.sum(), leaf)
             losses.append(loss.detach())
             stats.append(stat)
             phis[l] = None
-        # In fp16 these gradients, about 1 / (channels * positions), vanish: scale each sample by a power of two.
         scale = 1
-        if phi_hats[0].dtype == torch.float16:
+        if half:  # these gradients, about 1 / (channels * positions), vanish: scale each sample by a power of two
             largest = torch.stack([g.abs().amax((1, 2, 3)) for g in gradients]).amax(0)  # [B]
-            exponent = torch.where(largest > 0, largest, 1).log2().floor()
-            scale = torch.exp2(-exponent).view(-1, 1, 1, 1)
-        gradients = [(g * scale).to(phi.dtype) for g, phi in zip(gradients, phi_hats)]
+            scale = torch.exp2(-torch.where(largest > 0, largest, 1).log2().floor()).view(-1, 1, 1, 1)
+            gradients = [(g * scale).half() for g in gradients]
         (gradient,) = torch.autograd.grad(phi_hats, z0_hat, gradients)
     return sum(losses), torch.stack(stats, dim=1), gradient / scale
 
 
+# Sums over positions, in at least float32
+
+SLICE = 2**24  # elements of a feature map that are held in float32 at a time
+
+
+def _float(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_channels(function, *maps):
+    """`function` of maps `[B, C, ...]`, called for a few channels at a time: its float32 copies stay small."""
+    channels = maps[0].shape[1]
+    step = max(1, SLICE * channels // maps[0].numel())
+    slices = (slice(i, i + step) for i in range(0, channels, step))
+    return torch.cat([function(*(m if m is None else m[:, part] for m in maps)) for part in slices], dim=1)
+
+
 def _spatial_mean(x, valid, count):
     """Mean over the valid positions: `[B, C, h, w]` -> `[B, C]`; 0 where there are none."""
-    if valid is None:
-        return x.mean((-2, -1))
-    return torch.where(valid, x, 0).sum((-2, -1)) / count.clamp(min=1)
+    sums = _by_channels(lambda x, valid: (x if valid is None else torch.where(valid, x, 0)).sum((-2, -1)), x, valid)
+    return sums / (count if valid is None else count.clamp(min=1))
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean over the valid positions of (x - y)^2, `[B, C]`, y being `[B, C, h, w]` or `[B, C, 1, 1]`.
+
+    Differentiable in x. Nothing is kept for the backward pass but the arguments.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, valid, count):
+        ctx.save_for_backward(x, y, valid)
+        ctx.count = count if valid is None else count.clamp(min=1)
+
+        def sums(x, y, valid):
+            square = (_float(x) - y).square()
+            return (square if valid is None else torch.where(valid, square, 0)).sum((-2, -1))
+
+        return _by_channels(sums, x, y, valid) / ctx.count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        def slope(x, y, valid, factor):
+            slope = (_float(x) - y) * factor[..., None, None]
+            return (slope if valid is None else torch.where(valid, slope, 0)).to(x.dtype)
+
+        return _by_channels(slope, *ctx.saved_tensors, 2 * grad / ctx.count), None, None, None
 
 
 def _moments(x, valid, count, alive):
@@ -420,7 +462,7 @@ def _moments(x, valid, count, alive):
     alive (have enough valid positions). The others get 1: they contribute nothing, but must not divide by zero.
     """
     mean = _spatial_mean(x, valid, count)
-    var = _spatial_mean((x - mean[..., None, None]).square(), valid, count)
+    var = _MeanSquare.apply(x, mean[..., None, None], valid, count)  # no gradient through the mean: it cancels
     median = torch.where(alive, var.detach(), math.nan).nanmedian(1, keepdim=True).values.nan_to_num(0)
     return mean, torch.where(alive, var + 1e-4 * median, 1).clamp(min=FLOOR)
 
