@@ -328,10 +328,11 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
     if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
         raise UserError(f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks.")
     prediction_type = args.prediction_type or scheduler_config.get("prediction_type", "epsilon")
-    if args.rescale_betas_zero_snr and prediction_type == "epsilon":
+    zero_snr = args.rescale_betas_zero_snr or scheduler_config.get("rescale_betas_zero_snr")
+    if zero_snr and prediction_type == "epsilon":
         raise UserError(
-            "--rescale_betas_zero_snr leaves no signal at the last step, where predicting noise teaches nothing: add "
-            "--prediction_type v_prediction."
+            "with zero terminal SNR (--rescale_betas_zero_snr, or the model's scheduler) nothing of the image is left "
+            "at the last step, where predicting noise teaches nothing: add --prediction_type v_prediction."
         )
 
 

@@ -176,6 +176,8 @@ def main(args):
     if args.vae_dtype == "auto" and weight_dtype == torch.bfloat16:
         vae_dtype = torch.bfloat16
     family = StableDiffusion(args, accelerator.device, weight_dtype, vae_dtype)
+    if args.snr_gamma and family.alphas[-1] == 0:
+        logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
     if args.gradient_checkpointing:
         family.unet.enable_gradient_checkpointing()
 

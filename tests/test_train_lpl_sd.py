@@ -155,9 +155,10 @@ def test_prediction_types_train_and_are_saved(train, tmp_path, prediction_type, 
     sample(output)
 
 
-def test_zero_terminal_snr_is_trained_and_saved(train, tmp_path):
+def test_zero_terminal_snr_is_trained_and_saved(train, tmp_path, caplog):
     model = build_tiny_sd(tmp_path / "model", scheduler="PNDM", prediction_type="v_prediction")
-    output = train("--rescale_betas_zero_snr", *WIDE_GATE, model=model, steps=2)
+    output = train("--rescale_betas_zero_snr", "--snr_gamma", 5, *WIDE_GATE, model=model, steps=2)
+    assert sum("--snr_gamma gives the last timestep weight 0" in record.message for record in caplog.records) == 1
     scheduler = StableDiffusionPipeline.from_pretrained(output).scheduler
     assert scheduler.config.timestep_spacing == "trailing"
     assert scheduler.alphas_cumprod[-1] == 0
