@@ -26,7 +26,7 @@ NORMALIZATIONS = ("shared", "target", "separate", "channel_l2")
 WEIGHTINGS = ("inverse", "exponential", "uniform", "balanced")
 REDUCTIONS = ("mean", "sum")
 OUTLIER_SOURCES = ("prediction", "target", "union")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 STATS = ("block_loss", "masked_share", "target_error", "variance_ratio", "mean_over_std")
 FLOOR = 1e-12  # keeps a layer of constant maps finite; far below the variance of any real feature
 
@@ -37,21 +37,21 @@ def predict_z0(model_pred, z_t, alpha, sigma, prediction_type):
     Args:
         model_pred, z_t: `[B, C, h, w]`, scaled latents.
         alpha, sigma: `[B]`, on any device. `epsilon` divides by alpha: leave samples with alpha = 0 out beforehand.
-        prediction_type: `epsilon`, `v_prediction`, `sample` or `flow` (optimal-transport path, alpha = 1 - sigma,
-            the network predicts eps - z_0).
+        prediction_type: `epsilon`, `v_prediction`, `sample` or `flow_prediction`, for short `flow` (optimal-transport
+            path, alpha = 1 - sigma, the network predicts eps - z_0).
 
     Returns: `[B, C, h, w]` in at least float32.
     """
     dtype = torch.promote_types(torch.promote_types(model_pred.dtype, z_t.dtype), torch.float32)
     model_pred, z_t = model_pred.to(dtype), z_t.to(dtype)
-    alpha, sigma = (s.to(z_t).view(-1, *[1] * (z_t.ndim - 1)) for s in (alpha, sigma))
+    alpha, sigma = (s.to(z_t, non_blocking=True).view(-1, *[1] * (z_t.ndim - 1)) for s in (alpha, sigma))
     if prediction_type == "epsilon":
         return (z_t - sigma * model_pred) / alpha
     if prediction_type == "v_prediction":
         return alpha * z_t - sigma * model_pred
     if prediction_type == "sample":
         return model_pred
-    if prediction_type == "flow":
+    if prediction_type in ("flow_prediction", "flow"):
         return z_t - sigma * model_pred
     raise ValueError(f"prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}.")
 
@@ -496,7 +496,7 @@ def lpl_term(lpl, model_pred, z_t, z0, alpha, sigma, prediction_type, tau, max_s
         weight = len(passing) / len(chosen)
 
     # Select first, divide after: no inf or NaN of a sample outside the gate can leak through a mask.
-    index = chosen.to(z0.device)
+    index = chosen.to(z0.device, non_blocking=True)
     z0_hat = predict_z0(model_pred[index], z_t[index], alpha[chosen], sigma[chosen], prediction_type)
     loss, stats = lpl(z0_hat, z0[index])
     sample_weight = weight / len(z0)

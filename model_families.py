@@ -58,7 +58,7 @@ class StableDiffusion:
 
     def encode_images(self, pixel_values, generators):
         """Images `[B, 3, H, W]` in [-1, 1] -> scaled latents `[B, C, h, w]`, float32; one generator per sample."""
-        posterior = self.vae.encode(pixel_values.to(self.device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(pixel_values.to(self.device, self.vae.dtype, non_blocking=True)).latent_dist
         latents = posterior.sample(generators).float()
         return (latents - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
 
@@ -74,7 +74,7 @@ class StableDiffusion:
         return self.pipe.image_processor.postprocess(images.float())
 
     def sample_timesteps(self, generators):
-        """Uniform timesteps `[B]` on the CPU."""
+        """Uniform timesteps `[B]`, from CPU generators, so that nobody waits for the device to know them."""
         steps = len(self.alphas)
         return torch.cat([torch.randint(0, steps, (1,), generator=generator) for generator in generators])
 
@@ -84,7 +84,9 @@ class StableDiffusion:
 
     def predict(self, denoiser, noisy_latents, timesteps, conditioning):
         """The denoiser's output `[B, C, h, w]`, in the convention of `self.prediction_type`."""
-        return denoiser(noisy_latents, timesteps.to(self.device), **conditioning, return_dict=False)[0]
+        return denoiser(
+            noisy_latents, timesteps.to(self.device, non_blocking=True), **conditioning, return_dict=False
+        )[0]
 
     def drawing_pipeline(self, unet):
         """A pipeline for validation images that shares the frozen models."""
@@ -155,18 +157,18 @@ class StableDiffusion:
 
 def add_noise(latents, noise, alpha, sigma):
     """z_t = alpha z_0 + sigma eps: `[B, C, h, w]` each, alpha and sigma `[B]`."""
-    alpha, sigma = (s.to(latents).view(-1, 1, 1, 1) for s in (alpha, sigma))
+    alpha, sigma = (s.to(latents, non_blocking=True).view(-1, 1, 1, 1) for s in (alpha, sigma))
     return alpha * latents + sigma * noise
 
 
 def training_target(latents, noise, alpha, sigma, prediction_type):
     """What the denoiser should output: eps, v = alpha eps - sigma z_0, z_0, or (flow matching) eps - z_0."""
-    alpha, sigma = (s.to(latents).view(-1, 1, 1, 1) for s in (alpha, sigma))
+    alpha, sigma = (s.to(latents, non_blocking=True).view(-1, 1, 1, 1) for s in (alpha, sigma))
     return {
         "epsilon": lambda: noise,
         "v_prediction": lambda: alpha * noise - sigma * latents,
         "sample": lambda: latents,
-        "flow": lambda: noise - latents,
+        "flow_prediction": lambda: noise - latents,
     }[prediction_type]()
 
 

@@ -43,7 +43,8 @@ def min_snr_weight(alpha, sigma, gamma, prediction_type):
     """Per-sample loss weights `[B]` of Hang et al. 2023, "Efficient diffusion training via min-SNR weighting".
 
     With SNR = (alpha / sigma)^2: min(SNR, gamma) on the error of z_0, translated to what the model predicts:
-    / SNR for `epsilon`, / (SNR + 1) for `v_prediction`, as it is for `sample`, * sigma^2 for `flow`.
+    / SNR for `epsilon`, / (SNR + 1) for `v_prediction`, as it is for `sample`, * sigma^2 for
+    `flow_prediction` (for short `flow`).
 
     Args:
         alpha, sigma: `[B]`, sigma > 0. Where alpha = 0 the weight is 0 (`epsilon`: 1, its limit).
@@ -57,6 +58,6 @@ def min_snr_weight(alpha, sigma, gamma, prediction_type):
         return weight * noise / (signal + noise)
     if prediction_type == "sample":
         return weight
-    if prediction_type == "flow":
+    if prediction_type in ("flow_prediction", "flow"):
         return weight * noise
     raise ValueError(f"min-SNR has no rule for prediction_type {prediction_type!r}.")

@@ -85,20 +85,22 @@ class Forward(NamedTuple):
 
 def training_step(args, family, unet, lpl, batch, max_samples=None):
     """Noise a batch, let the UNet denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
-    generators = sample_generators(args.seed, batch["positions"])
-    with torch.no_grad():
-        latents = family.encode_images(batch["pixel_values"], generators)
-        conditioning = family.encode_prompts(batch["captions"])
+    generators = sample_generators(args.seed, batch["positions"], purpose=0)
+    device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
     timesteps = family.sample_timesteps(generators)
     alpha, sigma = family.noise_levels(timesteps)
-    noise = sample_noise(latents, generators, args.noise_offset)
+    with torch.no_grad():
+        conditioning = family.encode_prompts(batch["captions"])
+        latents = family.encode_images(batch["pixel_values"], device_generators)
+        noise = sample_noise(latents, device_generators, args.noise_offset)
     noisy_latents = add_noise(latents, noise, alpha, sigma)
 
     model_pred = family.predict(unet, noisy_latents, timesteps, conditioning)
     target = training_target(latents, noise, alpha, sigma, family.prediction_type)
     losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
     if args.snr_gamma:
-        losses = losses * min_snr_weight(alpha, sigma, args.snr_gamma, family.prediction_type).to(losses.device)
+        weights = min_snr_weight(alpha, sigma, args.snr_gamma, family.prediction_type)
+        losses = losses * weights.to(losses.device, non_blocking=True)
     sample_losses = losses.detach()
 
     lpl_loss, lpl_stats = torch.zeros_like(losses[0]), {}

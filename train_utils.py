@@ -54,14 +54,14 @@ def make_accelerator(args):
     return accelerator
 
 
-def sample_generators(seed, positions):
-    """One CPU generator per sample, a function of the seed and of the sample's position in the stream alone.
+def sample_generators(seed, positions, purpose, device="cpu"):
+    """One generator per sample, a function of the seed, the sample's position in the stream and a number alone.
 
     So the noise of a sample does not depend on how many processes share the work, on calibration or validation in
     between, or on whether the run was resumed.
     """
-    states = (np.random.SeedSequence([seed, int(position)]).generate_state(1, np.uint64)[0] for position in positions)
-    return [torch.Generator().manual_seed(int(state)) for state in states]
+    sequences = (np.random.SeedSequence([seed, int(position), purpose]) for position in positions)
+    return [torch.Generator(device).manual_seed(int(s.generate_state(1, np.uint64)[0])) for s in sequences]
 
 
 def make_optimizer(args, parameters, num_processes):

@@ -58,7 +58,8 @@ def plain_finetuning(model, photos, steps, batch_size, accumulation=1, warmup=0,
     for _ in range(steps):
         for _ in range(accumulation):
             rows = [stream[i] for i in range(position, position + batch_size)]
-            generators = sample_generators(0, range(position, position + batch_size))
+            positions = range(position, position + batch_size)
+            time_generators, generators = (sample_generators(0, positions, purpose) for purpose in (0, 1))
             position += batch_size
             with torch.no_grad():
                 pixels = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
@@ -67,7 +68,7 @@ def plain_finetuning(model, photos, steps, batch_size, accumulation=1, warmup=0,
                 latents = (posterior.mean + posterior.std * torch.stack(draws)) * pipe.vae.config.scaling_factor
                 tokens = pipe.tokenizer([r["caption"] for r in rows], padding="max_length", return_tensors="pt")
                 states = pipe.text_encoder(tokens.input_ids)[0]
-            timesteps = torch.tensor([torch.randint(0, 1000, (1,), generator=generator) for generator in generators])
+            timesteps = torch.tensor([torch.randint(0, 1000, (1,), generator=g) for g in time_generators])
             noise = torch.stack([torch.randn(latents[0].shape, generator=generator) for generator in generators])
             noisy = scheduler.add_noise(latents, noise, timesteps)
             prediction = unet(noisy, timesteps, states).sample
@@ -123,26 +124,14 @@ def test_auto_reaches_its_share_and_leaves_everything_else_alone(train, weightin
         assert_same_weights(unet_weights(auto), unet_weights(given))
 
 
-def test_lpl_falls_on_a_fixed_batch(train):
+def test_lpl_falls_on_a_fixed_batch(train, monkeypatch):
     # One photo whose only crop is its centre; the noise depends on the position, so that is fixed as well.
-    before = train_lpl_sd.sample_generators
-    train_lpl_sd.sample_generators = lambda seed, positions: before(seed, [2] * len(positions))
-    try:
-        flags = (
-            "--max_train_samples",
-            1,
-            "--center_crop",
-            "--lpl_weight",
-            1,
-            "--lpl_sigma_threshold",
-            4,
-            "--learning_rate",
-            2e-3,
-        )
-        log = read_log(train(*flags, steps=12))
-    finally:
-        train_lpl_sd.sample_generators = before
-    assert log[-1]["lpl"] < 0.9 * log[0]["lpl"]
+    generators = train_lpl_sd.sample_generators
+    fixed = lambda seed, positions, **kind: generators(seed, [2] * len(positions), **kind)  # noqa: E731
+    monkeypatch.setattr(train_lpl_sd, "sample_generators", fixed)
+    flags = ("--max_train_samples", 1, "--center_crop", "--lpl_weight", 10, *WIDE_GATE, "--learning_rate", 5e-3)
+    log = read_log(train(*flags, steps=30))
+    assert log[-1]["lpl"] < 0.7 * log[0]["lpl"]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

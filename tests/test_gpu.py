@@ -1,0 +1,45 @@
+"""What only a GPU can show; skipped elsewhere."""
+
+import pytest
+import torch
+from conftest import read_log
+from tiny_models import build_tiny_vae
+
+from lpl_utils import LatentPerceptualLoss, lpl_term
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_the_term_never_waits_for_the_device():
+    lpl = LatentPerceptualLoss(build_tiny_vae().cuda())
+    model_pred, z_t, z0 = torch.randn(3, 4, 4, 8, 8, device="cuda")
+    alpha, sigma = torch.tensor([1.0, 0.8, 0.6, 0.1]), torch.tensor([0.0, 0.6, 0.8, 0.99])
+
+    def term():
+        loss, _ = lpl_term(lpl, model_pred.requires_grad_(), z_t, z0, alpha, sigma, "epsilon", tau=3, max_samples=2)
+        loss.backward()
+
+    term()  # libraries may synchronise while they set up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        term()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_every_precision_trains_validates_and_resumes(train, precision):
+    flags = ("--mixed_precision", precision, "--vae_dtype", precision if precision != "no" else "fp32")
+    flags += ("--lpl_sigma_threshold", 20, "--use_ema", "--checkpointing_steps", 2, "--validation_prompts", "a fox")
+    train(*flags, steps=2)
+    log = read_log(train(*flags, "--resume_from_checkpoint", "latest", steps=4))
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert all(0 < row["lpl"] < 10 for row in log if row["gated_share"])
+
+
+def test_values_are_those_of_the_cpu():
+    z0_hat, z0 = torch.randn(2, 2, 4, 8, 8)
+    on_cpu = LatentPerceptualLoss(build_tiny_vae())(z0_hat, z0)[0]
+    on_gpu = LatentPerceptualLoss(build_tiny_vae().cuda())(z0_hat.cuda(), z0.cuda())[0]
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=0)
