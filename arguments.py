@@ -234,6 +234,11 @@ def check_values(args):
         raise UserError("--lr_warmup_steps needs a schedule with a warm-up: --lr_scheduler constant_with_warmup?")
     if args.lr_warmup_steps is None:
         args.lr_warmup_steps = 500
+    if args.lpl_weight != 0 and args.max_train_steps and args.lpl_start_step >= args.max_train_steps:
+        raise UserError(
+            f"--lpl_start_step {args.lpl_start_step} is after the last step, {args.max_train_steps}: start earlier or "
+            "switch LPL off with --lpl_weight 0."
+        )
     if args.lpl_weight not in ("auto", 0):
         check_unused(args, "--lpl_target_share", f"--lpl_weight {args.lpl_weight}")
     if not args.lpl_outlier_mask:

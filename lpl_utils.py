@@ -528,7 +528,7 @@ def calibrate(lpl, measurements, target_share=None, reduce=lambda sums: sums):
     )
     diffusion_loss, block_losses = (part.cpu() for part in reduce(sums).split([1, len(lpl.blocks)]))
     if not (block_losses > 0).all() or not sums.isfinite().all():
-        raise ValueError("no sample passed LPL's gate, or a loss was not finite, while LPL's weight was measured")
+        raise ValueError("LPL's weight can't be measured: no sample passed the gate, or a loss was not finite")
     if lpl.weighting == "balanced":
         lpl.balance(block_losses)
     if target_share is not None:

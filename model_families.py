@@ -32,13 +32,14 @@ class StableDiffusion:
     """
 
     pipeline_class = StableDiffusionPipeline
+    not_trained_with = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def __init__(self, args, device, weight_dtype, vae_dtype):
         self.args, self.device = args, device
         self._check_configs()
         dtypes = {"default": torch.float32, "text_encoder": weight_dtype, "vae": vae_dtype}
         vae = self._load_vae(vae_dtype)
-        self.pipe = self._load_pipeline(**vae, **self.without_checker, dtype=dtypes)
+        self.pipe = self._load_pipeline(**vae, **self.not_trained_with, dtype=dtypes)
         self.unet, self.vae = self.pipe.unet, self.pipe.vae
         self.pipe.scheduler = self._inference_scheduler(self.pipe.scheduler)
         # What DDPMScheduler does not know of the pipeline's scheduler does not concern training.
@@ -98,12 +99,15 @@ class StableDiffusion:
     def save_pipeline(self, unet, folder):
         """Save a stock pipeline: the new UNet, a scheduler that says how it was trained, the rest as it was."""
         unet.save_pretrained(Path(folder, "unet"))  # first what training made, should the base model be out of reach
-        pipe = self._load_pipeline(unet=unet, scheduler=self.pipe.scheduler, **self._load_vae(torch.float32))
+        try:
+            pipe = self._load_pipeline(unet=unet, scheduler=self.pipe.scheduler, **self._load_vae(torch.float32))
+        except UserError as error:
+            raise UserError(
+                f"the UNet is saved in {Path(folder, 'unet')}, the rest of the pipeline not: {error}"
+            ) from error
         pipe.save_pretrained(folder)
 
     # Loading and checking
-
-    without_checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def _check_configs(self):
         """What can be refused before the weights are downloaded and loaded."""

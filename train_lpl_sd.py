@@ -7,6 +7,7 @@ The flags are those of Diffusers' train_text_to_image.py; those that start with 
 
 from arguments import (
     Parser,
+    UserError,
     add_data_arguments,
     add_diffusion_arguments,
     add_lpl_arguments,
@@ -117,7 +118,7 @@ def training_step(args, family, unet, lpl, batch, max_samples=None):
             max_samples=max_samples,
             generator=generators[0],
         )
-        chosen = lpl_stats["chosen"].to(losses.device)
+        chosen = lpl_stats["chosen"].to(losses.device, non_blocking=True)
         sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
     return Forward(losses.mean(), lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
 
@@ -134,7 +135,10 @@ def calibrate_lpl(accelerator, args, family, unet, lpl, batches):
         forwards = (training_step(args, family, unet, lpl, batch) for batch in islice(batches, CALIBRATION_BATCHES))
         measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
         share = args.lpl_target_share if args.lpl_weight == "auto" else None
-        calibrate(lpl, measurements, share, partial(accelerator.reduce, reduction="sum"))
+        try:
+            calibrate(lpl, measurements, share, partial(accelerator.reduce, reduction="sum"))
+        except ValueError as error:
+            raise UserError(f"{error}: raise --lpl_sigma_threshold, or give --lpl_weight a number.") from error
     if args.lpl_weight != "auto":
         lpl.weight = args.lpl_weight
     logger.info(
@@ -174,9 +178,8 @@ def main(args):
 
     # The models: a UNet to train, and what is frozen around it.
     weight_dtype = DTYPES[accelerator.mixed_precision]
-    vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype != "auto" else DTYPES["fp32"]
-    if args.vae_dtype == "auto" and weight_dtype == torch.bfloat16:
-        vae_dtype = torch.bfloat16
+    default_vae_dtype = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    vae_dtype = DTYPES[default_vae_dtype if args.vae_dtype == "auto" else args.vae_dtype]
     family = StableDiffusion(args, accelerator.device, weight_dtype, vae_dtype)
     if args.snr_gamma and family.alphas[-1] == 0:
         logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")

@@ -247,7 +247,7 @@ class Log:
     def add(self, terms, sample_losses, noise_levels):
         """One forward pass: the loss's terms (name -> scalar), and per sample `[B]` the loss and sigma / alpha."""
         self.terms.append({name: term.detach().float() for name, term in terms.items()})
-        self.samples.append(torch.stack([sample_losses.float(), noise_levels.to(sample_losses.device).float()]))
+        self.samples.append(torch.stack([sample_losses, noise_levels.to(sample_losses, non_blocking=True)]))
 
     def reduce(self, step):
         """Global means since the last call, name -> float, `loss` being their sum. All processes call this.

@@ -51,6 +51,7 @@ def edit_config(model, tmp_path, part, **changes):
         (["--lpl_num_blocks", "5"], "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks"),
         (["--lpl_num_blocks", "-1"], "--lpl_num_blocks -1 must be not negative"),
         (["--lpl_target_share", "1"], "--lpl_target_share 1.0 must be between 0 and 1"),
+        (["--max_train_steps", "9", "--lpl_start_step", "9"], "--lpl_start_step 9 is after the last step, 9"),
         (["--lpl_max_samples", "1.5"], "--lpl_max_samples 1.5 must be a whole number, or below 1"),
         (["--lpl_sigma_threshold", "0"], "--lpl_sigma_threshold 0.0 must be greater than 0"),
         (["--lpl_weight", "3", "--lpl_target_share", "0.3"], "--lpl_target_share has no effect with --lpl_weight 3.0"),

@@ -181,6 +181,19 @@ def test_bf16_trains_float32_weights_and_saves_the_frozen_models_unchanged(train
         assert_same_weights(before, after)
 
 
+def test_a_gate_that_nothing_passes_is_refused(train):
+    with pytest.raises(UserError, match="no sample passed the gate.*--lpl_sigma_threshold"):
+        train("--lpl_sigma_threshold", 0.001)
+
+
+def test_a_base_model_that_is_gone_does_not_cost_the_result(train, tmp_path, monkeypatch):
+    model = build_tiny_sd(tmp_path / "model")
+    monkeypatch.setattr(train_lpl_sd.Log, "step", lambda self, *_: shutil.rmtree(model, ignore_errors=True))
+    with pytest.raises(UserError, match="the UNet is saved in .*unet, the rest of the pipeline not"):
+        train("--lpl_weight", 0, model=model)
+    UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
+
+
 def test_lpl_starts_at_its_step(train):
     log = read_log(train("--lpl_start_step", 2, *WIDE_GATE))
     assert ["lpl" in row for row in log] == [False, False, True, True]
