@@ -281,7 +281,7 @@ class LatentPerceptualLoss:
     def _probe(self):
         """Run the decoder on small latents: the resolutions r_l, and proof that features depend on latents alone."""
         parameter = next(self.vae.parameters())
-        shape = (2, 1, self.vae.config.latent_channels, 8, 8)
+        shape = (2, 2, self.vae.config.latent_channels, 8, 8)
         z, other = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
         first, _, again = (self.features(x) for x in (z, other, z))
         name = type(self.vae).__name__
@@ -335,10 +335,11 @@ class LatentPerceptualLoss:
         term = torch.where(alive, term, 0).mean(1)  # 1 / C_l
 
         with torch.no_grad():
+            alive_share = alive.expand_as(var).float().mean(1).clamp(min=FLOOR)
             target_error = torch.where(alive, squared / var, 0).mean(1)
-            variance_ratio = (var_hat / var).log().mean(1).exp()
+            variance_ratio = ((var_hat / var).log().mean(1) / alive_share).exp()  # 1 / 1 in the other channels
             masked = 1 - (count / positions).mean(1) if valid is not None else torch.zeros_like(term)
-            mean_over_std = (mean_hat.abs() / var_hat.sqrt()).mean(1)
+            mean_over_std = torch.where(alive, mean_hat.abs() / var_hat.sqrt(), 0).mean(1) / alive_share
             stats = torch.stack([term, masked, target_error, variance_ratio, mean_over_std], dim=-1)
         return self._omega[l] * term, stats
 
@@ -486,6 +487,8 @@ def lpl_term(lpl, model_pred, z_t, z0, alpha, sigma, prediction_type, tau, max_s
             passed; `sample_weight`, what each decoded sample's loss was multiplied by, 1 / B included; `chosen` `[k]`,
         their indices in the batch (CPU), and `sample_loss` `[k]`.
     """
+    if max_samples is not None and (max_samples <= 0 or max_samples > 1 and max_samples % 1):
+        raise ValueError(f"max_samples {max_samples} must be a probability or a whole number of samples.")
     passing = sigma_gate(alpha, sigma, tau).nonzero().flatten()
     chosen, weight = passing, 1.0
     if max_samples is not None and max_samples < 1:
