@@ -21,6 +21,7 @@ quality: .venv/test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 .venv/base: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	@echo "Installing the libraries; this takes a minute or more."
 	$(INSTALL) --requirement requirements.txt

@@ -319,7 +319,7 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
     }
     if vae_class not in encoder_widths:
         raise UserError(f"the VAE is a {vae_class}; this script supports {' and '.join(encoder_widths)}.")
-    channels = vae_config["latent_channels"]
+    channels = vae_config.get("latent_channels", 4)
     if channels != unet_config["in_channels"]:
         raise UserError(
             f"the VAE has {channels} latent channels, the UNet takes {unet_config['in_channels']}: give the VAE that "

@@ -43,6 +43,8 @@ def make_accelerator(args):
         )
     except ValueError as error:  # such as fp16 without a GPU
         raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
     if args.resume_from_checkpoint:
         seed = read_training_state(args.resume_from_checkpoint)["seed"]
         if args.seed not in (None, seed):

@@ -194,6 +194,12 @@ def test_a_base_model_that_is_gone_does_not_cost_the_result(train, tmp_path, mon
     UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_fp16_on_a_cpu_is_refused(train):
+    with pytest.raises(UserError, match="--mixed_precision fp16 needs a GPU"):
+        train("--mixed_precision", "fp16")
+
+
 def test_lpl_starts_at_its_step(train):
     log = read_log(train("--lpl_start_step", 2, *WIDE_GATE))
     assert ["lpl" in row for row in log] == [False, False, True, True]
