@@ -166,7 +166,10 @@ class LatentPerceptualLoss:
             raise ValueError(f"{type(vae).__name__} has no decoder up blocks to hook: LPL can't use this VAE.")
         if not 0 <= num_blocks <= len(up_blocks) or not (num_blocks or mid_block):
             raise ValueError(f"num_blocks {num_blocks} does not fit a decoder with {len(up_blocks)} up blocks.")
-        self.blocks = [block for block in (mid_block, *up_blocks[:num_blocks]) if block is not None]
+        # Not all decoders run their blocks in the order of the list: take those that fire first.
+        self.blocks = [block for block in (mid_block, *up_blocks) if block is not None]
+        self.depth = num_blocks + (mid_block is not None)
+        self.blocks = [block for block, _ in self._run(self._probe_latents()[0])]
         self._probe()
 
     def __call__(self, z0_hat, z0):
@@ -233,11 +236,15 @@ class LatentPerceptualLoss:
 
     def features(self, z):
         """Features of scaled latents `[B, C, h, w]`: L tensors `[B, C_l, h_l, w_l]` in the order of the blocks."""
-        captured = []
+        return [output for _, output in self._run(z)]
+
+    def _run(self, z):
+        """Decode scaled latents until `self.depth` hooked blocks have run: their (block, output), in that order."""
+        fired = []
 
         def keep(block, args, output):
-            captured.append(output)
-            if len(captured) == len(self.blocks):
+            fired.append((block, output))
+            if len(fired) == self.depth:
                 raise _LastBlock
 
         z = self.unscale(z.to(torch.promote_types(z.dtype, torch.float32))).to(self.vae.dtype)
@@ -246,8 +253,8 @@ class LatentPerceptualLoss:
                 self.vae.decode(z)
             except _LastBlock:
                 pass
-        assert len(captured) == len(self.blocks), "a hooked decoder block did not run"
-        return captured
+        assert len(fired) == self.depth, "a hooked decoder block did not run"
+        return fired
 
     @contextmanager
     def _hooked(self, hook):
@@ -277,12 +284,14 @@ class LatentPerceptualLoss:
         config = self.vae.config
         return z / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
 
+    def _probe_latents(self):
+        shape = (2, 2, self.vae.config.latent_channels, 8, 8)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(self.vae.parameters()))
+
     @torch.no_grad()
     def _probe(self):
         """Run the decoder on small latents: the resolutions r_l, and proof that features depend on latents alone."""
-        parameter = next(self.vae.parameters())
-        shape = (2, 2, self.vae.config.latent_channels, 8, 8)
-        z, other = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+        z, other = self._probe_latents()
         first, _, again = (self.features(x) for x in (z, other, z))
         name = type(self.vae).__name__
         for a, b in zip(first, again) if type(first[0]) is torch.Tensor else ():  # fake tensors have no values

@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from arguments import UserError, check_configs, is_folder_name, vae_folder
 
 
+diffusers.utils.logging.set_verbosity_error()  # else every long caption is reported whenever it comes up
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 

@@ -1040,6 +1040,30 @@ def test_a_decoder_without_a_mid_block_starts_with_its_first_up_block():
         LatentPerceptualLoss(vae, num_blocks=0)
 
 
+class ReversedDecoder(nn.Module):
+    """Runs its list of up blocks from the last to the first."""
+
+    def __init__(self, *up_blocks):
+        super().__init__()
+        self.up_blocks = nn.ModuleList(up_blocks)
+
+    def forward(self, z):
+        for block in reversed(self.up_blocks):
+            z = block(z)
+        return z
+
+
+def test_blocks_are_counted_in_the_order_in_which_they_run():
+    vae, reverse = stub_vae(channels=2), stub_vae(channels=2)
+    vae.decoder, reverse.decoder = DecoderWithoutMidBlock(), ReversedDecoder(Up(), Up(), Same())
+    vae.decoder.up_blocks = nn.ModuleList([Same(), Up(), Up()])
+    for num_blocks in (1, 2, 3):
+        expected = LatentPerceptualLoss(vae, num_blocks=num_blocks)(*hand_case())[1]["block_loss"]
+        actual = LatentPerceptualLoss(reverse, num_blocks=num_blocks)(*hand_case())[1]["block_loss"]
+        assert actual.shape == (1, num_blocks) and torch.equal(actual, expected)
+    assert LatentPerceptualLoss(reverse, num_blocks=3).omega.tolist() == [1, 1 / 2, 1 / 4]
+
+
 @pytest.mark.parametrize("built", ["before", "after"])
 def test_compiled_blocks_give_the_same_values_and_gradients(built):
     vae, (z0_hat, z0) = vae64(), latents(2)
