@@ -367,3 +367,20 @@ def test_two_processes_make_the_step_of_one_with_the_same_global_batch(train, ti
     weights, expected = unet_weights(two), unet_weights(one)
     moved = max((expected[name] - start[name]).abs().max() for name in start)
     assert max((expected[name] - weights[name]).abs().max() for name in start) < 0.02 * moved
+
+
+def test_the_safety_checker_is_kept(train, tmp_path):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**size, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(projection_dim=8, text_config=size, vision_config=vision))
+    pipe = StableDiffusionPipeline.from_pretrained(build_tiny_sd(tmp_path / "plain"), safety_checker=None)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    components = {**pipe.components, "safety_checker": checker, "feature_extractor": extractor}
+    StableDiffusionPipeline(**components).save_pretrained(tmp_path / "model")
+    output = train("--lpl_weight", 0, model=tmp_path / "model", steps=1)
+    saved = StableDiffusionPipeline.from_pretrained(output)
+    assert torch.equal(saved.safety_checker.concept_embeds, checker.concept_embeds)
+    assert saved.config.requires_safety_checker and saved.feature_extractor.crop_size == extractor.crop_size
