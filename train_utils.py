@@ -263,6 +263,7 @@ class Log:
             sample_losses, levels = self.accelerator.gather(torch.cat(self.samples, dim=1).T.contiguous()).T
             blame = ", ".join(f"{level:.3g}" for level in levels[~sample_losses.isfinite()][:8].tolist()) or "all"
             shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            self.bar.close()
             raise UserError(
                 f"step {step + 1}: {shown}; the samples to blame have noise level sigma/alpha {blame}. The weights "
                 "did not move and the last checkpoint is intact: resume from it with a lower --learning_rate or "
