@@ -131,7 +131,8 @@ def lpl_threshold(args):
 def calibrate_lpl(accelerator, args, family, unet, lpl, batches):
     """Measure what LPL's weight needs; nothing is trained, and the random state is as before."""
     logger.info(f"Measuring LPL on {CALIBRATION_BATCHES} batches.")
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
         forwards = (training_step(args, family, unet, lpl, batch) for batch in islice(batches, CALIBRATION_BATCHES))
         measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
         share = args.lpl_target_share if args.lpl_weight == "auto" else None
