@@ -210,7 +210,7 @@ def main(args):
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
-    start_run(accelerator, args)
+    start_run(accelerator, args, global_step)
     logger.info(
         f"{stream.num_samples} samples; {args.max_train_steps} steps of {args.train_batch_size} samples x "
         f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} forward passes; seed {args.seed}."

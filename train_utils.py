@@ -191,11 +191,16 @@ def read_training_state(folder):
         raise UserError(f"--resume_from_checkpoint {folder} is damaged ({error}): choose another one.") from error
 
 
-def start_run(accelerator, args):
+def start_run(accelerator, args, first_step):
     """Create the output folder, start the tracker with the run's settings. All processes call this."""
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    if not args.resume_from_checkpoint and accelerator.is_main_process:
-        Path(args.output_dir, LOG_FILE).unlink(missing_ok=True)  # of a run that left nothing else
+    log = Path(args.output_dir, LOG_FILE)
+    if accelerator.is_main_process:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if (
+            log.exists()
+        ):  # keep what comes before the step at which this run starts; a killed one may have gone further
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
     accelerator.init_trackers(args.tracker_project_name, settings)
 

@@ -297,6 +297,11 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(train, photos):
     for part in ("checkpoint-6/unet", "checkpoint-6/unet_ema", "unet"):
         assert_same_weights(unet_weights(whole, part), unet_weights(resumed, part))
     assert [row["loss"] for row in read_log(resumed)] == [row["loss"] for row in read_log(whole)[3:]]
+    # Done again in its own folder, the log has every step once.
+    losses = [row["loss"] for row in read_log(whole)]
+    shutil.rmtree(whole / "checkpoint-6")
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6, name="whole")
+    assert [row["loss"] for row in read_log(whole)] == losses
 
 
 def test_latest_without_a_checkpoint_starts_at_zero_and_says_so(train, capsys):
