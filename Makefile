@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 .PHONY: demo test test_all style quality
 
-demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about six minutes on two cores
+demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about five minutes on two cores
 	$(BIN)/python demo/run_demo.py
 
 test: .venv/test  ## the fast tests
