@@ -319,6 +319,16 @@ def test_resume_refuses_other_data_and_another_seed(train):
         train(*flags, "--resume_from_checkpoint", "latest", "--seed", 5)
 
 
+@pytest.mark.parametrize("name", ["optimizer.bin", "unet/diffusion_pytorch_model.safetensors", "training_state.json"])
+def test_a_damaged_checkpoint_is_named(train, name):
+    flags = ("--checkpointing_steps", 1, "--lpl_weight", 0)
+    checkpoint = train(*flags, steps=1) / "checkpoint-1"
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="--resume_from_checkpoint .*checkpoint-1 is damaged .*: choose another one"):
+        train(*flags, "--resume_from_checkpoint", "latest")
+
+
 def test_old_checkpoints_go_after_the_new_one_is_complete(train, monkeypatch):
     output = train("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--lpl_weight", 0, steps=5)
     assert {path.name for path in output.glob("*checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
