@@ -101,7 +101,9 @@ class StableDiffusion:
         """Save a stock pipeline: the new UNet, a scheduler that says how it was trained, the rest as it was."""
         unet.save_pretrained(Path(folder, "unet"))  # first what training made, should the base model be out of reach
         try:
-            pipe = self._load_pipeline(unet=unet, scheduler=self.pipe.scheduler, **self._load_vae(torch.float32))
+            frozen = {"scheduler": self.pipe.scheduler, **self._load_vae(torch.float32)}
+            # All in float32 like the UNet: a text encoder is loaded in the precision of its file.
+            pipe = self._load_pipeline(unet=unet, **frozen, dtype=torch.float32)
         except UserError as error:
             raise UserError(
                 f"the UNet is saved in {Path(folder, 'unet')}, the rest of the pipeline not: {error}"

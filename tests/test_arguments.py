@@ -1,6 +1,7 @@
 """Bad input: one sentence that names the flag or file and the remedy, at once, and nothing is touched."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,19 @@ def test_output_of_another_run_is_kept(refuse, tmp_path):
     assert "holds a saved model" in refuse()
     assert "holds a saved model" in refuse("--resume_from_checkpoint", "latest")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model_index.json"]
+
+
+def test_the_commands_of_the_readme_are_accepted(tiny_sd, photos, tmp_path):
+    blocks = (ROOT / "README.md").read_text().split("```bash")[1:]
+    commands = [block.split("```")[0] for block in blocks if "train_lpl_sd.py" in block]
+    assert commands
+    for command in commands:
+        words = shlex.split(command.replace("\\\n", " "))
+        words = words[words.index("train_lpl_sd.py") + 1 :]
+        words[words.index("--pretrained_model_name_or_path") + 1] = str(tiny_sd)
+        words[words.index("--train_data_dir") + 1] = str(photos)
+        words[words.index("--output_dir") + 1] = str(tmp_path / "out")
+        train_lpl_sd.parse_args(words)
 
 
 def test_answers_come_before_the_libraries_load(tiny_sd, photos):

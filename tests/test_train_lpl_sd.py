@@ -200,6 +200,16 @@ def test_fp16_on_a_cpu_is_refused(train):
         train("--mixed_precision", "fp16")
 
 
+def test_half_precision_files_give_a_pipeline_that_samples(train, tiny_sd, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "model", variant="fp16")
+    output = train("--variant", "fp16", model=tmp_path / "model", steps=1)
+    sample(output)
+    original = load_file(tmp_path / "model" / "text_encoder" / "model.fp16.safetensors")
+    saved = load_file(output / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(saved[name], value.float()) for name, value in original.items())
+
+
 def test_lpl_starts_at_its_step(train):
     log = read_log(train("--lpl_start_step", 2, *WIDE_GATE))
     assert ["lpl" in row for row in log] == [False, False, True, True]
