@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -52,6 +52,7 @@ def make_accelerator(args):
         args.seed = seed
     elif args.seed is None:
         args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
+    set_seed(args.seed, device_specific=True)  # for dropout; the samples have generators of their own
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 

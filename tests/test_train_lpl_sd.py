@@ -295,22 +295,39 @@ def test_tensorboard_gets_scalars_and_images(train, tmp_path):
 # Checkpoints
 
 
-def test_resumed_run_is_bitwise_the_uninterrupted_one(train, photos):
+@pytest.fixture
+def sd_with_dropout(tiny_sd, tmp_path):
+    model = shutil.copytree(tiny_sd, tmp_path / "dropout")
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps({**config, "dropout": 0.2}))
+    return model
+
+
+def test_a_seed_repeats_a_run_with_dropout_whatever_is_drawn_or_measured_in_between(train, sd_with_dropout):
+    flags = ("--lpl_start_step", 2, *WIDE_GATE, "--checkpointing_steps", 4)
+    auto = train(*flags, "--validation_prompts", "fox", "--validation_steps", 1, model=sd_with_dropout, name="auto")
+    weight = json.loads((auto / "checkpoint-4" / "training_state.json").read_text())["lpl"]["weight"]
+    torch.rand(7)  # something else has used the global generator
+    given = train(*flags, "--lpl_weight", repr(weight), model=sd_with_dropout, name="given")
+    assert_same_weights(unet_weights(auto), unet_weights(given))
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(train, sd_with_dropout):
     # 6 steps of 2 x 2 samples over 10 photos: the checkpoint at step 3 is in the middle of the second epoch.
     flags = ("--use_ema", "--gradient_accumulation_steps", 2, "--random_flip", *WIDE_GATE)
     flags += ("--checkpointing_steps", 3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 2)
     flags += ("--proportion_empty_prompts", 0.5, "--noise_offset", 0.1)
-    whole = train(*flags, steps=6, name="whole")
+    whole = train(*flags, steps=6, model=sd_with_dropout, name="whole")
     resumed = whole.with_name("resumed")
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
-    train(*flags, "--resume_from_checkpoint", "latest", steps=6, name="resumed")
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6, model=sd_with_dropout, name="resumed")
     for part in ("checkpoint-6/unet", "checkpoint-6/unet_ema", "unet"):
         assert_same_weights(unet_weights(whole, part), unet_weights(resumed, part))
     assert [row["loss"] for row in read_log(resumed)] == [row["loss"] for row in read_log(whole)[3:]]
     # Done again in its own folder, the log has every step once.
     losses = [row["loss"] for row in read_log(whole)]
     shutil.rmtree(whole / "checkpoint-6")
-    train(*flags, "--resume_from_checkpoint", "latest", steps=6, name="whole")
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6, model=sd_with_dropout, name="whole")
     assert [row["loss"] for row in read_log(whole)] == losses
 
 
