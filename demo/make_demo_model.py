@@ -8,7 +8,7 @@ latents. The result is a stock `StableDiffusionPipeline`. A finished `vae` folde
 that the second stage can be repeated alone. The random numbers depend on `--seed` only.
 
 `--vae_minutes` and `--unet_minutes` end a stage by the clock, the learning rate following. `demo/model` in this
-repository was made so, with 24 and 13 minutes on one core of an AMD EPYC, which came to the default numbers of steps.
+repository was made so, with 24 and 13 minutes on one core of an AMD EPYC, about the default numbers of steps.
 """
 
 import argparse

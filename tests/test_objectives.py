@@ -2,8 +2,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from tiny_models import build_tiny_vae
 
-from objectives import min_snr_weight
+import train_lpl_sd
+from data_utils import make_stream
+from objectives import make_lpl, min_snr_weight
 
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -42,3 +45,55 @@ def test_no_signal_gives_weight_zero():
     alpha, sigma = torch.tensor([0.0]), torch.tensor([1.0])
     assert min_snr_weight(alpha, sigma, 5.0, "v_prediction") == 0
     assert min_snr_weight(alpha, sigma, 5.0, "sample") == 0
+
+
+@pytest.fixture
+def parse(tiny_sd, photos, tmp_path):
+    def run(*words):
+        flags = [
+            "--pretrained_model_name_or_path",
+            tiny_sd,
+            "--train_data_dir",
+            photos,
+            "--output_dir",
+            tmp_path / "out",
+        ]
+        return train_lpl_sd.parse_args([str(word) for word in (*flags, "--resolution", 64, "--seed", 3, *words)])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "words, attribute, value",
+    [
+        (["--lpl_num_blocks", "2"], "depth", 3),
+        (["--lpl_normalization", "separate"], "normalization", "separate"),
+        (["--no-lpl_detach_stats"], "detach_stats", False),
+        (["--lpl_weighting", "uniform"], "_omega", [1.0] * 5),
+        (["--lpl_reduction", "sum"], "reduction", "sum"),
+        (["--no-lpl_outlier_mask"], "mask_outliers", False),
+        (["--lpl_outlier_source", "union"], "outlier_source", "union"),
+        (["--lpl_chunk_size", "3"], "chunk_size", 3),
+        (["--gradient_checkpointing"], "gradient_checkpointing", True),
+        (["--lpl_weight", "2.5"], "weight", 2.5),
+        (["--lpl_weight", "2.5", "--lpl_weighting", "balanced"], "weight", None),  # omega is measured first
+    ],
+)
+def test_every_lpl_flag_reaches_the_loss(parse, words, attribute, value):
+    vae = build_tiny_vae()
+    assert getattr(make_lpl(parse(*words), vae), attribute) == value
+    if value is not None:
+        assert getattr(make_lpl(parse(), vae), attribute) != value
+
+
+def test_the_threshold_grows_with_the_resolution(parse):
+    assert train_lpl_sd.lpl_threshold(parse()) == 3 * 64 / 256
+    assert train_lpl_sd.lpl_threshold(parse("--lpl_sigma_threshold", 6, "--lpl_base_resolution", 128)) == 6 * 64 / 128
+
+
+def test_every_data_flag_reaches_the_stream(parse):
+    words = ["--center_crop", "--random_flip", "--image_interpolation_mode", "nearest", "--max_train_samples", 4]
+    stream = make_stream(parse(*words, "--proportion_empty_prompts", 0.3, "--max_bad_images", 2))
+    assert (stream.center_crop, stream.random_flip, stream.image_interpolation_mode) == (True, True, "nearest")
+    assert (stream.proportion_empty_prompts, stream.max_bad_images, stream.seed) == (0.3, 2, 3)
+    assert (stream.resolution, stream.num_samples) == (64, 4)
