@@ -59,6 +59,12 @@ def number(text):
     return value
 
 
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 # One flag a line reads best.
 # fmt: off
 def add_model_arguments(parser):
@@ -87,12 +93,16 @@ def add_data_arguments(parser):
     add("--max_bad_images", type=int, default=0, help="unreadable images to leave out before giving up")
     add("--proportion_empty_prompts", type=number, default=0.0, help="share of captions dropped, drawn at each step; "
         "0.1 keeps classifier-free guidance working")
-    add("--resolution", type=int, default=512, help="side of the training images in pixels")
+    add("--resolution", type=int, help="side of the training images in pixels; by default 1024 for SDXL, else 512")
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", default="lanczos", help="how images are resized",
         choices=["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"])
     add("--dataloader_num_workers", type=int, default=0, help="processes that load images")
+    add("--cache_latents", action="store_true", help="encode every image once, before training, and take the VAE's "
+        "encoder off the device; needs --center_crop")
+    add("--cache_text_embeddings", action="store_true", help="encode every caption once, before training, and take "
+        "the text encoders off the device")
 
 
 def add_training_arguments(parser, output_dir):
@@ -105,17 +115,27 @@ def add_training_arguments(parser, output_dir):
     add("--max_train_steps", type=int, help="optimizer steps")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="recompute activations, in the decoder too: less memory")
-    add("--learning_rate", type=number, default=1e-4, help="peak learning rate")
+    add("--learning_rate", type=number, help="peak learning rate; by default 1e-4, with prodigy 1")
     add("--scale_lr", action="store_true", help="multiply it by processes, batch size and accumulation steps")
     add("--lr_scheduler", default="constant", help="learning-rate schedule, in optimizer steps",
         choices="linear cosine cosine_with_restarts polynomial constant constant_with_warmup".split())
     add("--lr_warmup_steps", type=int, help="optimizer steps of warm-up, 500 by default (schedules that have one)")
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     add("--lr_power", type=number, default=1.0, help="power of the polynomial schedule")
-    add("--adam_beta1", type=number, default=0.9, help="AdamW's beta1")
-    add("--adam_beta2", type=number, default=0.999, help="AdamW's beta2")
-    add("--adam_weight_decay", type=number, default=1e-2, help="AdamW's weight decay")
-    add("--adam_epsilon", type=number, default=1e-8, help="AdamW's epsilon")
+    add("--optimizer", type=str.lower, choices=["adamw", "prodigy", "adafactor"], default="adamw",
+        help="prodigy needs `pip install prodigyopt`")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state; needs `pip install "
+        "bitsandbytes`")
+    add("--adam_beta1", type=number, default=0.9, help="beta1 of AdamW and Prodigy")
+    add("--adam_beta2", type=number, default=0.999, help="beta2 of AdamW and Prodigy")
+    add("--adam_weight_decay", type=number, default=1e-2, help="weight decay of all optimizers")
+    add("--adam_epsilon", type=number, default=1e-8, help="epsilon of AdamW and Prodigy")
+    add("--prodigy_beta3", type=number, help="Prodigy's beta3; by default the square root of beta2")
+    add("--prodigy_decouple", type=boolean, nargs="?", const=True, default=True, help="weight decay as in AdamW")
+    add("--prodigy_use_bias_correction", type=boolean, nargs="?", const=True, default=True,
+        help="Adam's bias correction in Prodigy")
+    add("--prodigy_safeguard_warmup", type=boolean, nargs="?", const=True, default=True,
+        help="keep Prodigy's estimate small during the warm-up")
     add("--max_grad_norm", type=number, default=1.0, help="gradients are clipped to this norm")
     add("--use_ema", action="store_true", help="average the weights; validate with and save the average")
     add("--ema_decay", type=number, help="decay of the average; by default 0.99975 with LPL, 0.9999 without (Fig. 10)")
@@ -123,6 +143,23 @@ def add_training_arguments(parser, output_dir):
     add("--foreach_ema", action="store_true", help="faster update of the average")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention instead of "
+        "torch's; needs `pip install xformers` and a GPU")
+    add("--dry_run", action="store_true", help="print the resolved settings, what is trained and what a step costs in "
+        "memory and arithmetic, counted without a GPU; then stop")
+
+
+def add_lora_arguments(parser):
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add("--use_lora", action="store_true", help="train low-rank adapters instead of all weights")
+    add("--rank", type=int, default=4, help="rank of the adapters")
+    add("--lora_alpha", type=number, help="their scale is lora_alpha / rank; by default lora_alpha is the rank")
+    add("--lora_layers", help="modules to adapt, comma-separated ends of their names; by default the attention's "
+        "to_k,to_q,to_v,to_out.0")
+    add("--lora_dropout", type=number, default=0.0, help="dropout before the adapters")
+    add("--use_dora", action="store_true", help="weight-decomposed adapters (DoRA)")
+    add("--train_text_encoder", action="store_true", help="adapters for the text encoders, too")
 
 
 def add_diffusion_arguments(parser):
@@ -133,6 +170,12 @@ def add_diffusion_arguments(parser):
     add("--rescale_betas_zero_snr", action="store_true", help="zero terminal SNR (Lin et al.), not with epsilon")
     add("--snr_gamma", type=number, help="min-SNR loss weights; 5.0 in the paper of Hang et al.")
     add("--noise_offset", type=number, default=0.0, help="scale of the noise that is constant over positions")
+    add("--timestep_bias_strategy", choices=["none", "earlier", "later", "range"], default="none",
+        help="timesteps to draw more often")
+    add("--timestep_bias_multiplier", type=number, default=1.0, help="how many times as often")
+    add("--timestep_bias_portion", type=number, default=0.25, help="their share of all timesteps (earlier, later)")
+    add("--timestep_bias_begin", type=int, default=0, help="the first of them (range)")
+    add("--timestep_bias_end", type=int, default=1000, help="the one after the last of them (range)")
 
 
 def add_lpl_arguments(parser):
@@ -161,6 +204,10 @@ def add_lpl_arguments(parser):
         "whole graph")
     add("--lpl_max_samples", type=number, help="decode at most this many samples per process and forward pass; below "
         "1: each with this probability; unbiased")
+    add("--lpl_gradient_checkpointing", action=argparse.BooleanOptionalAction, help="recompute the decoder's "
+        "activations; by default with --gradient_checkpointing, and from 1024 pixels on")
+    add("--lpl_compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the decoder's blocks; "
+        "inductor if no backend is named")
 
 
 def add_output_arguments(parser):
@@ -170,24 +217,71 @@ def add_output_arguments(parser):
     add("--checkpoints_total_limit", type=int, help="older checkpoints are removed after a new one is complete")
     add("--resume_from_checkpoint", help="folder of a checkpoint, or latest")
     add("--validation_prompts", nargs="+", help="prompts to draw during training")
-    add("--validation_steps", type=int, default=500, help="optimizer steps between drawings")
+    add("--validation_prompt", help="the same for one prompt")
+    add("--validation_steps", type=int, help="optimizer steps between drawings, 500 by default")
+    add("--validation_epochs", type=int, help="passes over the data between drawings, instead")
     add("--num_validation_images", type=int, default=4, help="images per prompt")
     add("--validation_guidance_scale", type=number, default=7.5, help="classifier-free guidance of the drawings")
     add("--validation_inference_steps", type=int, default=25, help="sampler steps of the drawings")
+    add("--skip_final_inference", action="store_true", help="do not load the result and draw the prompts at the end")
     add("--logging_dir", default="logs", help="tracker files, inside --output_dir")
     add("--logging_steps", type=int, default=10, help="optimizer steps between log lines")
-    add("--report_to", choices=["tensorboard", "none"], default="tensorboard", help="tracker")
+    add("--report_to", choices=["tensorboard", "wandb", "trackio", "all", "none"], default="tensorboard",
+        help="tracker; all: those that are installed")
     add("--tracker_project_name", default="lpl-finetune", help="name of the project in the tracker")
+    add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
+    add("--hub_model_id", help="owner/name or name of the Hub repository; by default the output folder's name")
+    add("--hub_token", help="write token; by default that of `hf auth login`")
+    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
 # fmt: on
+
+
+# Flags of the Diffusers scripts that a script here may not have, and what to do instead.
+FLOW = "belongs to flow-matching transformers: weight the timesteps with --snr_gamma, draw them with "
+FLOW += "--timestep_bias_strategy"
+REFUSED = {
+    "--input_perturbation": "noises the input otherwise than the target says, so that no clean latent follows from a "
+    "prediction, as LPL needs: leave it out, or use --noise_offset",
+    "--dream_training": "changes the target by a second forward pass: leave it out; LPL, on by default, is what this "
+    "script offers for sharper images",
+    "--dream_detail_preservation": "belongs to --dream_training: leave both out; LPL is on by default",
+    "--non_ema_revision": "is not needed: name the revision to start from with --revision",
+    "--local_rank": "is not needed: start the script with `accelerate launch`, which numbers the processes",
+    "--enable_npu_flash_attention": "is for NPUs, on which this script was never run: leave it out, torch chooses the "
+    "attention, or use --enable_xformers_memory_efficient_attention",
+    "--debug_loss": "is not needed: the losses are in train_log.jsonl and the tracker, at every step with "
+    "--logging_steps 1",
+    "--aspect_ratio_buckets": "is not there yet: images are cropped to squares of --resolution, at a random place or "
+    "with --center_crop",
+    "--weighting_scheme": FLOW,
+    "--logit_mean": FLOW,
+    "--logit_std": FLOW,
+    "--mode_scale": FLOW,
+    "--guidance_scale": "belongs to guidance-distilled transformers: for the drawings there is "
+    "--validation_guidance_scale",
+    "--max_sequence_length": "belongs to T5, while CLIP reads 77 tokens: leave it out",
+    "--offload": "is not needed: --cache_latents and --cache_text_embeddings take the encoders off the device",
+    "--bnb_quantization_config_path": "is not there yet: save memory with --mixed_precision bf16, "
+    "--gradient_checkpointing and --use_8bit_adam",
+    "--upcast_before_saving": "is not needed: weights are saved in float32",
+}
 
 
 def parse_args(parser, argv=None):
     """Parse and check; a wrong flag ends the program with one sentence and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    given = [word.split("=")[0] for word in argv if word.startswith("--")]
+    for flag in given:
+        if flag in REFUSED and flag not in parser._option_string_actions:
+            parser.error(f"{flag} {REFUSED[flag]}.")
     args = parser.parse_args(argv)
-    args.given_lpl_flags = sorted({word.split("=")[0] for word in argv if word.startswith(("--lpl_", "--no-lpl_"))})
+    args.given_flags = sorted(set(given))
+    args.given_lpl_flags = [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_"))]
     try:
-        check_values(args)
+        check_ranges(args)
+        check_combinations(args)
+        check_packages(args)
+        set_defaults(args)
         check_folders(args)
     except UserError as error:
         parser.error(str(error))
@@ -196,66 +290,132 @@ def parse_args(parser, argv=None):
 
 AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
-    "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps num_validation_images "
-    "validation_inference_steps logging_steps lr_num_cycles"
+    "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
+    "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
-    "lpl_chunk_size max_bad_images dataloader_num_workers seed"
+    "lpl_chunk_size max_bad_images dataloader_num_workers seed timestep_bias_begin"
 ).split()
-POSITIVE = "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm".split()
+POSITIVE = "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm lora_alpha timestep_bias_multiplier".split()
+BELOW_ONE = "adam_beta1 adam_beta2 prodigy_beta3 ema_decay lora_dropout".split()
+SHARES = "proportion_empty_prompts timestep_bias_portion".split()
 
 
-def check_values(args):
-    """Checks of single flags and of combinations. Raises UserError."""
+def check_ranges(args):
+    """Checks of single flags. Raises UserError."""
     for names, fits, what in (
         (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (NOT_NEGATIVE, lambda value: value >= 0, "not negative"),
         (POSITIVE, lambda value: value > 0, "greater than 0"),
+        (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to below 1"),
+        (SHARES, lambda value: 0 <= value <= 1, "from 0 to 1"),
     ):
         for name in names:
             value = getattr(args, name)
             if value is not None and not fits(value):
                 raise UserError(f"--{name} {value} must be {what}.")
-    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be from 0 to below 1.")
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        raise UserError(f"--proportion_empty_prompts {args.proportion_empty_prompts} must be from 0 to 1.")
     if args.lpl_weight != "auto" and args.lpl_weight < 0:
         raise UserError(f"--lpl_weight {args.lpl_weight} must not be negative; 0 switches LPL off.")
     if not 0 < args.lpl_target_share < 1:
         raise UserError(f"--lpl_target_share {args.lpl_target_share} must be between 0 and 1.")
     if (args.lpl_max_samples or 0) > 1 and args.lpl_max_samples % 1:
         raise UserError(f"--lpl_max_samples {args.lpl_max_samples} must be a whole number, or below 1.")
-    if not args.use_ema and (args.ema_decay is not None or args.offload_ema or args.foreach_ema):
-        raise UserError("--ema_decay, --offload_ema and --foreach_ema have no effect without --use_ema: add it.")
+    if args.timestep_bias_begin >= args.timestep_bias_end:
+        raise UserError(
+            f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
+            f"{args.timestep_bias_end}."
+        )
+
+
+LORA_FLAGS = "--rank --lora_alpha --lora_layers --lora_dropout --use_dora --train_text_encoder".split()
+ADAM_FLAGS = "--adam_beta1 --adam_beta2 --adam_epsilon".split()
+PRODIGY_FLAGS = "--prodigy_beta3 --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup".split()
+EMA_FLAGS = "--ema_decay --offload_ema --foreach_ema".split()
+HUB_FLAGS = "--hub_model_id --hub_token --hub_private_repo".split()
+BIAS_FLAGS = "--timestep_bias_multiplier --timestep_bias_portion --timestep_bias_begin --timestep_bias_end".split()
+
+
+def check_combinations(args):
+    """No flag is silently without effect, and none contradicts another. Raises UserError."""
+    for flags, needed, there in (
+        (LORA_FLAGS, "--use_lora", args.use_lora),
+        (EMA_FLAGS, "--use_ema", args.use_ema),
+        (HUB_FLAGS, "--push_to_hub", args.push_to_hub),
+        (PRODIGY_FLAGS, "--optimizer prodigy", args.optimizer == "prodigy"),
+        (BIAS_FLAGS[:1], "--timestep_bias_strategy", args.timestep_bias_strategy != "none"),
+        (BIAS_FLAGS[1:2], "--timestep_bias_strategy earlier or later", args.timestep_bias_strategy[-2:] == "er"),
+        (BIAS_FLAGS[2:], "--timestep_bias_strategy range", args.timestep_bias_strategy == "range"),
+    ):
+        unused = [flag for flag in flags if flag in args.given_flags]
+        if unused and not there:
+            raise UserError(f"{unused[0]} has no effect without {needed}: add it, or leave {unused[0]} out.")
+    if args.optimizer == "adafactor":
+        check_unused(args, ADAM_FLAGS, "--optimizer adafactor")
+    if args.lpl_weight not in ("auto", 0):
+        check_unused(args, ["--lpl_target_share"], f"--lpl_weight {args.lpl_weight}")
+    if args.lpl_weight != 0 and not args.lpl_outlier_mask:
+        check_unused(args, ["--lpl_outlier_source"], "--no-lpl_outlier_mask")
+    if args.lpl_weight != 0 and args.lpl_normalization in ("target", "channel_l2"):
+        check_unused(args, ["--no-lpl_detach_stats"], f"--lpl_normalization {args.lpl_normalization}")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         raise UserError("--lr_warmup_steps needs a schedule with a warm-up: --lr_scheduler constant_with_warmup?")
-    if args.lr_warmup_steps is None:
-        args.lr_warmup_steps = 500
     if args.lpl_weight != 0 and args.max_train_steps and args.lpl_start_step >= args.max_train_steps:
         raise UserError(
             f"--lpl_start_step {args.lpl_start_step} is after the last step, {args.max_train_steps}: start earlier or "
             "switch LPL off with --lpl_weight 0."
         )
-    if args.lpl_weight not in ("auto", 0):
-        check_unused(args, "--lpl_target_share", f"--lpl_weight {args.lpl_weight}")
-    if not args.lpl_outlier_mask:
-        check_unused(args, "--lpl_outlier_source", "--no-lpl_outlier_mask")
-    if args.lpl_normalization in ("target", "channel_l2"):
-        check_unused(args, "--no-lpl_detach_stats", f"--lpl_normalization {args.lpl_normalization}")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        raise UserError(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other: give one of them.")
+    if args.cache_latents and not args.center_crop:
+        raise UserError(
+            "--cache_latents keeps one crop of each image, so random crops are impossible: add --center_crop."
+        )
+    if args.cache_text_embeddings and args.train_text_encoder:
+        raise UserError(
+            "--cache_text_embeddings keeps what the text encoders give before training, while --train_text_encoder "
+            "changes them: leave one of them out."
+        )
     if not (args.train_data_dir or args.dataset_name):
         raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
-    if args.train_data_dir and args.dataset_name:
-        raise UserError("--train_data_dir and --dataset_name exclude each other: give one of them.")
-    if args.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--report_to tensorboard needs `pip install tensorboard`; or use --report_to none.")
+    for first, second in (
+        ("train_data_dir", "dataset_name"),
+        ("validation_steps", "validation_epochs"),
+        ("validation_prompts", "validation_prompt"),
+    ):
+        if getattr(args, first) and getattr(args, second):
+            raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
 
 
-def check_unused(args, flag, because):
-    if args.lpl_weight != 0 and flag in args.given_lpl_flags:
-        raise UserError(f"{flag} has no effect with {because}: leave one of them out.")
+def check_unused(args, flags, because):
+    for flag in flags:
+        if flag in args.given_flags:
+            raise UserError(f"{flag} has no effect with {because}: leave one of them out.")
+
+
+def check_packages(args):
+    """What is asked for must be installed. Raises UserError."""
+    xformers = "--enable_xformers_memory_efficient_attention"
+    for needed, flag, package in (
+        (args.report_to not in ("all", "none"), f"--report_to {args.report_to}", args.report_to),
+        (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
+        (args.optimizer == "prodigy", "--optimizer prodigy", "prodigyopt"),
+        (args.enable_xformers_memory_efficient_attention, xformers, "xformers"),
+    ):
+        if needed and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs a package that is not installed: `pip install {package}`, or leave it out.")
+
+
+def set_defaults(args):
+    """Defaults that depend on other flags."""
+    if args.lr_warmup_steps is None:
+        args.lr_warmup_steps = 500
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
+    if args.validation_prompt:
+        args.validation_prompts = [args.validation_prompt]
 
 
 def check_folders(args):
@@ -319,6 +479,15 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
     }
     if vae_class not in encoder_widths:
         raise UserError(f"the VAE is a {vae_class}; this script supports {' and '.join(encoder_widths)}.")
+    if args.resolution is None:
+        args.resolution = 1024 if unet_config.get("addition_embed_type") == "text_time" else 512
+    if args.vae_dtype == "fp16" and vae_config.get("force_upcast"):
+        raise UserError(
+            "--vae_dtype fp16: this VAE overflows in fp16, as its config says (force_upcast): use --vae_dtype bf16 or "
+            "fp32, or a VAE that was made for fp16 with --pretrained_vae_model_name_or_path."
+        )
+    if args.lpl_gradient_checkpointing is None:
+        args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
     channels = vae_config.get("latent_channels", 4)
     if channels != unet_config["in_channels"]:
         raise UserError(
@@ -347,7 +516,7 @@ def check_output_dir(args):
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
     checkpoints = complete_checkpoints(output)
-    finished = (output / "model_index.json").exists()
+    finished = any((output / name).exists() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
     if wanted is None and checkpoints:
         raise UserError(
             f"--output_dir {output} holds another run: choose another folder, or continue it with "

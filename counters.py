@@ -3,9 +3,10 @@
 import weakref
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -58,6 +59,52 @@ def count_flops(fn):
 
     A multiply-add counts as 2. Element-wise work counts as 0. Backward passes run inside `fn` are included.
     """
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         fn()
     return counter.get_total_flops()
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's counter, which does not know the attention kernel of the CPU."""
+
+    def __init__(self):
+        def forward(query, key, value, *args, **kwargs):
+            return sdpa_flop_count(query, key, value)
+
+        def backward(grad, query, key, value, *args, **kwargs):
+            return sdpa_backward_flop_count(grad, query, key, value)
+
+        aten = torch.ops.aten
+        cpu_attention = {
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        }
+        super().__init__(display=False, custom_mapping=cpu_attention)
+
+
+def without_values(module):
+    """Gives a module fake parameters and buffers: on the CPU by their word, of the same shapes, without memory.
+
+    What is computed from them is fake as well, also together with real tensors. The module can't be moved any more.
+    Returns the module.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor):
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = fake(buffer)
+    return module
+
+
+def module_bytes(*modules):
+    """Bytes of the parameters and buffers of modules, each storage once."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())

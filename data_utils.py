@@ -9,6 +9,7 @@ the position at which to go on, and two processes with batch size B see what one
     limit_samples, check_images            fewer samples: `--max_train_samples`, unreadable images
     load_image, transform                  file -> 8-bit RGB -> pixels in [-1, 1]
     TrainingStream                         position -> training sample
+    cache_latents                          encode every image once and let the stream give latents
     build_dataloader                       the batches of one rank, from a start position on
 
 In a sample, image is a path or the bytes of an image file, and caption a string or a list of strings of which one is
@@ -184,6 +185,9 @@ class HubSamples:
     def __len__(self):
         return len(self.rows)
 
+    def captions(self):
+        return self.dataset.select_columns([self.caption_column]).select(self.rows)[self.caption_column]
+
     def __getitem__(self, index):
         row = self.dataset[int(self.rows[index])]
         image = row[self.image_column] or {"bytes": None, "path": None}
@@ -297,22 +301,22 @@ def _open_image(source):
     return image
 
 
-def transform(image, resolution, center_crop, random_flip, interpolation, rng):
-    """Resizes the shorter side to `resolution`, flips with probability 1/2 if asked to, and crops a square.
+def transform(image, resolution, center_crop, flip, interpolation, rng=None):
+    """Resizes the shorter side to `resolution`, mirrors the image if asked to, and crops a square.
 
     Args:
         image: RGB `PIL.Image`.
         interpolation: `lanczos`, `bicubic`, `bilinear`, `box`, `hamming` or `nearest`; antialiased by Pillow.
-        rng: `numpy.random.Generator` from which crop and flip are drawn.
+        rng: `numpy.random.Generator` from which the crop is drawn, unless it is the centre.
 
-    Returns: the pixels, float32 `[3, H, W]` in [-1, 1]; (height, width) of the image before resizing; and (top, left)
-        of the crop in the resized and, if so drawn, flipped image: SDXL's size and crop conditioning.
+    Returns: dict of pixel_values, float32 `[3, H, W]` in [-1, 1]; original_size, (height, width) of the image before
+        resizing; and crop_top_left, (top, left) of the crop in the resized and flipped image: SDXL's conditioning.
     """
     original_size = (image.height, image.width)
     width, height = (int(resolution * side / min(image.size)) for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    if random_flip and rng.random() < 0.5:
+    if flip:
         image = ImageOps.mirror(image)
     if center_crop:
         top, left = round((height - resolution) / 2), round((width - resolution) / 2)
@@ -320,7 +324,8 @@ def transform(image, resolution, center_crop, random_flip, interpolation, rng):
         top, left = int(rng.integers(height - resolution + 1)), int(rng.integers(width - resolution + 1))
     image = image.crop((left, top, left + resolution, top + resolution))
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)  # [H, W, 3] -> [3, H, W]
-    return np.ascontiguousarray(pixels) / 127.5 - 1, original_size, (top, left)
+    pixels = np.ascontiguousarray(pixels) / 127.5 - 1
+    return {"pixel_values": pixels, "original_size": original_size, "crop_top_left": (top, left)}
 
 
 def check_images(samples, max_bad_images=0):
@@ -378,6 +383,7 @@ class TrainingStream:
     proportion_empty_prompts: float = 0.0
     max_bad_images: int = 0
     bad: dict = field(default_factory=dict)  # {name: reason}, as returned by check_images; grows
+    cache: list | None = None  # what `cache_latents` made of each sample
 
     def __post_init__(self):
         if not len(self.samples):
@@ -394,40 +400,42 @@ class TrainingStream:
         return int(_permutation(self.seed, epoch, self.num_samples)[step])
 
     def __getitem__(self, position):
-        """Returns a dict: pixel_values, float32 `[3, H, W]`; caption; position; original_size and crop_top_left as
-        `transform` returns them; and bad, {name: reason} of the images passed over."""
-        image, caption, bad = self._read(position)
+        """Returns what `transform` does, or of a cached sample `posterior` `[2 C, h, w]` for `pixel_values`; caption;
+        position; and bad, {name: reason} of the images passed over."""
         rng = np.random.default_rng([self.seed, CROP_AND_FLIP, position])
-        pixel_values, original_size, crop_top_left = transform(
-            image, self.resolution, self.center_crop, self.random_flip, self.image_interpolation_mode, rng
-        )
+        flip = self.random_flip and rng.random() < 0.5
+        view, caption, bad = self._read(position, flip, rng)
         rng = np.random.default_rng([self.seed, CAPTION, position])
         if rng.random() < self.proportion_empty_prompts:
             caption = ""
         elif isinstance(caption, list):
             caption = caption[rng.integers(len(caption))]
-        return {
-            "pixel_values": pixel_values,
-            "caption": caption,
-            "position": position,
-            "original_size": original_size,
-            "crop_top_left": crop_top_left,
-            "bad": bad,
-        }
+        return {**view, "caption": caption, "position": position, "bad": bad}
 
-    def _read(self, position):
-        """The image and caption at a position, or else at the next one of the epoch, and {name: reason} if so."""
+    def view(self, index, flip, rng=None):
+        """A sample as `transform` gives it. Raises one of `IMAGE_ERRORS`."""
+        image = load_image(self.samples[index][0])
+        return transform(image, self.resolution, self.center_crop, flip, self.image_interpolation_mode, rng)
+
+    def _read(self, position, flip, rng):
+        """View and caption at a position, or else at the next one of the epoch, and {name: reason} if so."""
         bad = {}
         epoch, step = divmod(position, self.num_samples)
         for offset in range(self.num_samples):
             index = self.index(epoch * self.num_samples + (step + offset) % self.num_samples)
-            image, caption = self.samples[index]
             try:
-                return load_image(image), caption, bad
+                view = self.view(index, flip, rng) if self.cache is None else self._cached(index, flip)
+                return view, self.samples[index][1], bad
             except IMAGE_ERRORS as error:
                 bad[_name(self.samples, index)] = _reason(error)
                 self.note_bad(bad)
         raise _too_many_bad_images(self.bad, self.max_bad_images)
+
+    def _cached(self, index, flip):
+        entry = self.cache[index]
+        if "error" in entry:
+            raise OSError(entry["error"])
+        return {**entry, "posterior": entry["posterior"][int(flip)]}
 
     def note_bad(self, bad):
         """Counts unreadable images, {name: reason}, each once; raises `UserError` if they are too many now."""
@@ -439,6 +447,48 @@ class TrainingStream:
 
         if new and get_worker_info() is None:  # the main process tells, once, what a worker has found
             logger.warning(f"no longer readable, so that the next image takes its place: {_listed(new)}.")
+
+
+def cache_latents(stream, encode, share_work):
+    """Encode every image once, as it is and (with random_flip) mirrored; from then on the stream gives latents.
+
+    What is kept are the parameters of the posterior, on the CPU, so that training draws new latents at every step.
+
+    Args:
+        stream: a `TrainingStream` with center_crop, since one crop is kept.
+        encode: pixels `[1, 3, H, W]` -> parameters `[1, 2 C, h, w]`.
+        share_work: see `train_utils`.
+
+    Raises `UserError`: a latent is not finite, or more images than `max_bad_images` can't be read.
+    """
+    import torch
+
+    def entry(index):
+        try:
+            views = [stream.view(index, flip) for flip in ((False, True) if stream.random_flip else (False,))]
+        except IMAGE_ERRORS as error:
+            return {"error": _reason(error)}
+        posterior = [encode(torch.from_numpy(view.pop("pixel_values"))[None])[0].cpu() for view in views]
+        return {**views[0], "posterior": posterior}  # mirrored or not, the middle is at the same place
+
+    cache = share_work(range(len(stream.samples)), entry, "Caching latents")
+    stream.note_bad({_name(stream.samples, i): entry["error"] for i, entry in enumerate(cache) if "error" in entry})
+    for index, entry in enumerate(cache):
+        if not all(posterior.isfinite().all() for posterior in entry.get("posterior", ())):
+            raise UserError(
+                f"the VAE's latents of {_name(stream.samples, index)} are not finite: use --vae_dtype fp32 or bf16, "
+                "or another VAE with --pretrained_vae_model_name_or_path."
+            )
+    stream.cache = cache
+
+
+def all_captions(stream):
+    """Every caption that the stream can give."""
+    captions = {""} if stream.proportion_empty_prompts else set()
+    samples = stream.samples
+    for caption in samples.captions() if isinstance(samples, HubSamples) else (caption for _, caption in samples):
+        captions |= set(caption) if isinstance(caption, list) else {caption}
+    return captions
 
 
 @dataclass
@@ -458,8 +508,12 @@ class _Batches:
             samples = [self.stream[position] for position in range(start, start + self.batch_size)]
         except UserError as error:
             return error
+        if self.stream.cache is None:
+            images = {"pixel_values": torch.from_numpy(np.stack([sample["pixel_values"] for sample in samples]))}
+        else:
+            images = {"posteriors": torch.stack([sample["posterior"] for sample in samples])}
         return {
-            "pixel_values": torch.from_numpy(np.stack([sample["pixel_values"] for sample in samples])),
+            **images,
             "captions": [sample["caption"] for sample in samples],
             "positions": torch.tensor([sample["position"] for sample in samples]),
             "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
@@ -474,8 +528,9 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
     The k-th global batch is the positions from `start_position + k * world_size * batch_size` on, and rank r takes its
     r-th `batch_size`. To resume, start at the number of samples that all ranks together have consumed.
 
-    A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there; captions, B strings;
-    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`.
+    A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there, or if they are cached
+    posteriors `[B, 2 C, h, w]`; captions, B strings; positions, int64 `[B]`; original_sizes (height, width) and
+    crop_top_lefts (top, left), int64 `[B, 2]`.
     """
     import torch
     from torch.utils.data import DataLoader

@@ -123,6 +123,7 @@ class LatentPerceptualLoss:
         chunk_size: samples that are decoded at a time.
         unscale: maps scaled to unscaled latents; by default `z / scaling_factor + shift_factor` of the VAE.
         gradient_checkpointing: recompute the decoder's blocks in the backward pass; also on when the VAE's own is.
+        compile_backend: `torch.compile` the decoder's blocks with this backend, `inductor` for instance.
 
     Raises:
         ValueError: an unknown option; no blocks to hook or fewer than asked for; a decoder that is not a function of
@@ -142,6 +143,7 @@ class LatentPerceptualLoss:
         chunk_size=1,
         unscale=None,
         gradient_checkpointing=False,
+        compile_backend=None,
     ):
         for name, value, known in (
             ("normalization", normalization, NORMALIZATIONS),
@@ -169,8 +171,13 @@ class LatentPerceptualLoss:
         # Not all decoders run their blocks in the order of the list: take those that fire first.
         self.blocks = [block for block in (mid_block, *up_blocks) if block is not None]
         self.depth = num_blocks + (mid_block is not None)
+        self._forwards = {}  # block -> its compiled forward
         self.blocks = [block for block, _ in self._run(self._probe_latents()[0])]
         self._probe()
+        if compile_backend:
+            # Block by block: hooks on a decoder that is compiled as a whole would never fire.
+            compiled = partial(torch.compile, backend=compile_backend, dynamic=False)
+            self._forwards = {block: compiled(block.forward) for block in self.blocks}
 
     def __call__(self, z0_hat, z0):
         """Compare predicted and true clean latents.
@@ -274,10 +281,11 @@ class LatentPerceptualLoss:
                 override(target, name, False)
             for block in self.blocks:
                 stack.enter_context(block.register_forward_hook(hook))
+                forward = self._forwards.get(block, block.forward)
                 if recompute and torch.is_grad_enabled():
                     # Around `forward` alone, so that the hook does not fire again when the block is recomputed.
-                    call = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-                    override(block, "forward", call)
+                    forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+                override(block, "forward", forward)
             yield
 
     def _unscale(self, z):

@@ -20,7 +20,8 @@ def make_lpl(args, vae, unscale=None):
             outlier_source=args.lpl_outlier_source,
             chunk_size=args.lpl_chunk_size,
             unscale=unscale,
-            gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing=args.lpl_gradient_checkpointing,
+            compile_backend=None if args.dry_run else args.lpl_compile,
         )
     except ValueError as error:
         raise UserError(f"LPL can't be computed: {error} (--lpl_weight 0 trains without it)") from error

@@ -1,8 +1,8 @@
-"""Finetune Stable Diffusion with the Latent Perceptual Loss.
+"""Finetune Stable Diffusion (1.x, 2.x, SDXL), all of its UNet or LoRAs, with the Latent Perceptual Loss.
 
     accelerate launch train_lpl_sd.py --pretrained_model_name_or_path MODEL --train_data_dir PHOTOS --output_dir OUT
 
-The flags are those of Diffusers' train_text_to_image.py; those that start with --lpl_ are new.
+The flags are those of Diffusers' train_text_to_image*.py scripts; those that start with --lpl_ are new.
 """
 
 from arguments import (
@@ -10,6 +10,7 @@ from arguments import (
     UserError,
     add_data_arguments,
     add_diffusion_arguments,
+    add_lora_arguments,
     add_lpl_arguments,
     add_model_arguments,
     add_output_arguments,
@@ -21,10 +22,11 @@ from arguments import parse_args as parse_and_check
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.set_defaults(pipelines=("StableDiffusionPipeline",))
+    parser.set_defaults(pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser, output_dir="sd-lpl-finetuned")
+    add_lora_arguments(parser)
     add_diffusion_arguments(parser)
     add_lpl_arguments(parser)
     add_output_arguments(parser)
@@ -46,13 +48,15 @@ from typing import NamedTuple
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks at import that torchvision is missing
 import torch
 
-from data_utils import build_dataloader, make_stream
+from data_utils import all_captions, build_dataloader, cache_latents, make_stream
+from dry_run import dry_run
 from lpl_utils import calibrate, compare_gradients, lpl_term, sigma_gate, summarize
-from model_families import StableDiffusion, add_noise, sample_noise, training_target
+from model_families import add_noise, find_family, sample_noise, training_target
 from objectives import make_lpl, min_snr_weight, resume_lpl
 from train_utils import (
     DTYPES,
     Log,
+    create_hub_repo,
     draw_samples,
     ema_weights,
     load_checkpoint,
@@ -60,11 +64,14 @@ from train_utils import (
     make_ema,
     make_lr_scheduler,
     make_optimizer,
+    push_to_hub,
     register_checkpoint_models,
     sample_generators,
     save_checkpoint,
+    share_work,
     start_run,
     step_ema,
+    write_model_card,
 )
 
 
@@ -84,19 +91,19 @@ class Forward(NamedTuple):
     noise_levels: torch.Tensor  # [B], sigma / alpha, on the CPU
 
 
-def training_step(args, family, unet, lpl, batch, max_samples=None):
+def training_step(args, family, model, lpl, batch, max_samples=None):
     """Noise a batch, let the UNet denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
     generators = sample_generators(args.seed, batch["positions"], purpose=0)
     device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
     timesteps = family.sample_timesteps(generators)
     alpha, sigma = family.noise_levels(timesteps)
     with torch.no_grad():
-        conditioning = family.encode_prompts(batch["captions"])
-        latents = family.encode_images(batch["pixel_values"], device_generators)
+        conditioning = family.conditioning(batch)
+        latents = family.latents(batch, device_generators)
         noise = sample_noise(latents, device_generators, args.noise_offset)
     noisy_latents = add_noise(latents, noise, alpha, sigma)
 
-    model_pred = family.predict(unet, noisy_latents, timesteps, conditioning)
+    model_pred = family.predict(model, noisy_latents, timesteps, conditioning)
     target = training_target(latents, noise, alpha, sigma, family.prediction_type)
     losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
     if args.snr_gamma:
@@ -128,12 +135,12 @@ def lpl_threshold(args):
     return args.lpl_sigma_threshold * args.resolution / args.lpl_base_resolution
 
 
-def calibrate_lpl(accelerator, args, family, unet, lpl, batches):
+def calibrate_lpl(accelerator, args, family, model, lpl, batches):
     """Measure what LPL's weight needs; nothing is trained, and the random state is as before."""
     logger.info(f"Measuring LPL on {CALIBRATION_BATCHES} batches.")
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        forwards = (training_step(args, family, unet, lpl, batch) for batch in islice(batches, CALIBRATION_BATCHES))
+        forwards = (training_step(args, family, model, lpl, batch) for batch in islice(batches, CALIBRATION_BATCHES))
         measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
         share = args.lpl_target_share if args.lpl_weight == "auto" else None
         try:
@@ -147,15 +154,35 @@ def calibrate_lpl(accelerator, args, family, unet, lpl, batches):
     )
 
 
-def draw(accelerator, args, family, unet, ema, step):
+def draw(accelerator, args, family, trained, ema, step):
     """Validation images from the average weights, if there are any."""
     if accelerator.is_main_process:
-        family.place_vae(decoder=True)
-        with ema_weights(ema, unet):
-            draw_samples(accelerator, args, family.drawing_pipeline(unet.eval()), family.decode_images, step)
-        unet.train()
-        family.place_vae(decoder=args.lpl_weight != 0)
+        family.place(decoder=True)
+        family.model.eval()
+        with ema_weights(ema, trained):
+            draw_samples(accelerator, args, family.draw, step)
+        family.model.train()
+        family.place(decoder=args.lpl_weight != 0)
     accelerator.wait_for_everyone()
+
+
+def finish(accelerator, args, family, trained, ema):
+    """The result, with the average weights if there are any; then what its user does: load it, draw, share it."""
+    images = None
+    if accelerator.is_main_process:
+        with ema_weights(ema, trained):
+            family.save_result(args.output_dir)
+        loader = "load_lora_weights" if args.use_lora else "from_pretrained"
+        logger.info(f"Saved to {args.output_dir}; load it with {family.pipeline_class.__name__}.{loader}.")
+        if args.validation_prompts and not args.skip_final_inference:
+            pipe = family.load_result(args.output_dir)
+            final = lambda prompt, **settings: pipe(prompt, **settings).images[0]  # noqa: E731
+            images = draw_samples(accelerator, args, final, args.max_train_steps, title="final")
+        if args.push_to_hub:
+            write_model_card(args, family.pipeline_class.__name__, images)
+            logger.info(f"Uploaded to {push_to_hub(args)}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def main(args):
@@ -167,42 +194,58 @@ def main(args):
         logger.warning("--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect.")
 
     # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
+    family_class = find_family(args)
     stream = make_stream(args)
     shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = partial(
         build_dataloader, stream, args.train_batch_size, **shard, num_workers=args.dataloader_num_workers
     )
     global_batch = args.train_batch_size * accelerator.num_processes
+    samples_per_step = global_batch * args.gradient_accumulation_steps
     if args.max_train_steps is None:
-        samples_per_step = global_batch * args.gradient_accumulation_steps
         args.max_train_steps = math.ceil(args.num_train_epochs * stream.num_samples / samples_per_step)
+    if args.validation_steps is None:
+        steps_per_epoch = math.ceil(stream.num_samples / samples_per_step)
+        args.validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else 500
 
-    # The models: a UNet to train, and what is frozen around it.
+    # The models: one to train, and what is frozen around it.
     weight_dtype = DTYPES[accelerator.mixed_precision]
     default_vae_dtype = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     vae_dtype = DTYPES[default_vae_dtype if args.vae_dtype == "auto" else args.vae_dtype]
-    family = StableDiffusion(args, accelerator.device, weight_dtype, vae_dtype)
+    family = family_class(args, accelerator.device, weight_dtype, vae_dtype)
     if args.snr_gamma and family.alphas[-1] == 0:
         logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
-    if args.gradient_checkpointing:
-        family.unet.enable_gradient_checkpointing()
+
+    # What can be encoded once is, and its encoder leaves the device.
+    share = partial(share_work, accelerator)
+    if args.cache_latents and not args.dry_run:
+        with torch.no_grad():
+            cache_latents(stream, family.encode_images, share)
+    if args.cache_text_embeddings and not args.dry_run:
+        family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
+    family.place(encoder=not args.cache_latents, text_encoders=not args.cache_text_embeddings)
 
     # The perceptual loss: the frozen decoder, hooked.
     lpl = None
     if use_lpl:
         lpl = make_lpl(args, family.vae)
-        share = sigma_gate(family.alphas, family.sigmas, lpl_threshold(args)).float().mean().item()
-        logger.info(f"LPL applies to {share:.1%} of the timesteps (sigma/alpha at most {lpl_threshold(args):g}).")
+        passing = sigma_gate(family.alphas, family.sigmas, lpl_threshold(args))
+        passing = (family.timestep_weights * passing).sum().item()
+        logger.info(f"LPL applies to {passing:.1%} of the samples (sigma/alpha at most {lpl_threshold(args):g}).")
 
     # Optimizer, schedule, average weights.
-    optimizer = make_optimizer(args, family.unet.parameters(), accelerator.num_processes)
+    trained = [p for p in family.model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(args, trained, accelerator)
     lr_scheduler = make_lr_scheduler(args, optimizer)
-    unet, optimizer = accelerator.prepare(family.unet.train(), optimizer)
-    raw_unet = accelerator.unwrap_model(unet)
-    ema = make_ema(args, raw_unet, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
+    placement = [False, False] if args.dry_run else None
+    model, optimizer = accelerator.prepare(family.model.train(), optimizer, device_placement=placement)
+    ema = make_ema(args, family, trained, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
+    if args.dry_run:
+        tau, batch = lpl_threshold(args), next(batches())
+        return dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step)
 
     # Where to start.
-    register_checkpoint_models(accelerator, "unet", raw_unet, ema)
+    register_checkpoint_models(accelerator, family, ema)
     accelerator.register_for_checkpointing(lr_scheduler)
     global_step, position = 0, 0  # optimizer steps done, samples consumed
     if args.resume_from_checkpoint:
@@ -210,6 +253,8 @@ def main(args):
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
+    if args.push_to_hub and accelerator.is_main_process:
+        create_hub_repo(args)
     start_run(accelerator, args, global_step)
     logger.info(
         f"{stream.num_samples} samples; {args.max_train_steps} steps of {args.train_batch_size} samples x "
@@ -221,13 +266,13 @@ def main(args):
     while global_step < args.max_train_steps:
         step_lpl = lpl if global_step >= args.lpl_start_step else None
         if step_lpl is not None and lpl.weight is None:
-            calibrate_lpl(accelerator, args, family, unet, lpl, batches(start_position=position))
+            calibrate_lpl(accelerator, args, family, model, lpl, batches(start_position=position))
 
         # One optimizer step, of several forward passes if gradients are accumulated.
         diagnostics = {}
         for batch in islice(dataloader, args.gradient_accumulation_steps):
-            with accelerator.accumulate(unet):
-                forward = training_step(args, family, unet, step_lpl, batch, args.lpl_max_samples)
+            with accelerator.accumulate(model):
+                forward = training_step(args, family, model, step_lpl, batch, args.lpl_max_samples)
                 terms = {"l2": forward.diffusion_loss}
                 if step_lpl is not None:
                     terms["lpl"] = lpl.weight * forward.lpl_loss
@@ -239,7 +284,7 @@ def main(args):
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     losses = log.reduce(global_step)  # stops here if they are not finite, before the weights move
-                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             position += global_batch
@@ -247,22 +292,16 @@ def main(args):
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
             if ema is not None:
-                step_ema(ema, raw_unet)
+                step_ema(ema, trained)
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
         if global_step % args.checkpointing_steps == 0:
             state = {"step": global_step, "position": position, "seed": args.seed, "num_samples": stream.num_samples}
             save_checkpoint(accelerator, args, {**state, "lpl": lpl.state_dict() if lpl is not None else None})
         if args.validation_prompts and global_step % args.validation_steps == 0:
-            draw(accelerator, args, family, raw_unet, ema, global_step)
+            draw(accelerator, args, family, trained, ema, global_step)
 
-    # The result: a stock pipeline, with the average weights if there are any.
-    if accelerator.is_main_process:
-        with ema_weights(ema, raw_unet):
-            family.save_pipeline(raw_unet, args.output_dir)
-        logger.info(f"Saved to {args.output_dir}; load it with StableDiffusionPipeline.from_pretrained.")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish(accelerator, args, family, trained, ema)
 
 
 if __name__ == "__main__":

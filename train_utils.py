@@ -1,8 +1,9 @@
-"""The chores of a training script: accelerator, randomness, optimizer, EMA, checkpoints, drawings, logs.
+"""The chores of a training script: accelerator, randomness, optimizer, EMA, checkpoints, drawings, logs, the Hub.
 
 Nothing here knows of the Latent Perceptual Loss. Functions that all processes must call together say so.
 """
 
+import importlib
 import json
 import math
 import os
@@ -15,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from arguments import UserError, complete_checkpoints
+from arguments import UserError, complete_checkpoints, is_folder_name
 
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,6 +37,9 @@ def make_accelerator(args):
     project = ProjectConfiguration(
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
     )
+    if args.dry_run:  # counted on the CPU, where bf16 has the bytes of fp16
+        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return Accelerator(cpu=True, mixed_precision="no" if precision == "no" else "bf16", dynamo_backend="no")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -67,12 +73,57 @@ def sample_generators(seed, positions, purpose, device="cpu"):
     return [torch.Generator(device).manual_seed(int(s.generate_state(1, np.uint64)[0])) for s in sequences]
 
 
-def make_optimizer(args, parameters, num_processes):
+def share_work(accelerator, items, compute, title):
+    """`[compute(item) for item in items]`, an item at a time on every process, the results on all of them.
+
+    All processes call this; the results must be on the CPU.
+    """
+    results = []
+    rounds = range(0, len(items), accelerator.num_processes)
+    for start in tqdm(rounds, desc=title, disable=not accelerator.is_local_main_process):
+        mine = items[start + accelerator.process_index : start + accelerator.num_processes][:1]
+        results += gather_object([compute(item) for item in mine])
+    return results
+
+
+def make_optimizer(args, parameters, accelerator):
+    """The optimizer of the flags; what it keeps in memory is in `optimizer_bytes`."""
     lr = args.learning_rate
     if args.scale_lr:
-        lr *= args.gradient_accumulation_steps * args.train_batch_size * num_processes
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(parameters, lr, betas, args.adam_epsilon, args.adam_weight_decay)
+        lr *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    if args.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr, weight_decay=args.adam_weight_decay)
+    settings = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2)}
+    settings |= {"eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        settings |= {"beta3": args.prodigy_beta3, "decouple": args.prodigy_decouple}
+        settings |= {"use_bias_correction": args.prodigy_use_bias_correction}
+        return Prodigy(parameters, safeguard_warmup=args.prodigy_safeguard_warmup, **settings)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    # Fused updates need no memory for intermediate results; under fp16 they would hide a skipped step.
+    fused = accelerator.device.type == "cuda" and accelerator.mixed_precision != "fp16"
+    return torch.optim.AdamW(parameters, fused=fused or None, **settings)
+
+
+def optimizer_bytes(args, parameters):
+    """Bytes of the state that `make_optimizer`'s optimizer keeps for float32 parameters."""
+
+    def per_tensor(p):
+        n = p.numel()
+        if args.optimizer == "adafactor":  # the second moment's rows and columns; of a vector, all of it
+            return 4 * (n // p.shape[-1] + n // p.shape[-2] if p.ndim > 1 else n)
+        if args.optimizer == "prodigy":
+            return 16 * n
+        if args.use_8bit_adam and n >= 4096:  # two moments, with a scale for every 256 elements
+            return 2 * (n + 4 * math.ceil(n / 256))
+        return 8 * n
+
+    return sum(per_tensor(p) for p in parameters)
 
 
 def make_lr_scheduler(args, optimizer):
@@ -82,57 +133,63 @@ def make_lr_scheduler(args, optimizer):
     return get_scheduler(args.lr_scheduler, optimizer, **schedule, **cycles)
 
 
-def make_ema(args, model, default_decay):
-    """A float32 average of the model's weights; in bf16 a decay near 1 would never move it."""
+def make_ema(args, family, parameters, default_decay):
+    """A float32 average of the trained parameters; in bf16 a decay near 1 would never move it."""
     decay = default_decay if args.ema_decay is None else args.ema_decay
-    device = "cpu" if args.offload_ema else next(model.parameters()).device
-    ema = EMAModel(
-        model.parameters(), decay, model_cls=type(model), model_config=model.config, foreach=args.foreach_ema
-    )
-    ema.to(device=device, dtype=torch.float32)
+    device = "cpu" if args.offload_ema else parameters[0].device
+    model = {} if args.use_lora else {"model_cls": type(family.unet), "model_config": family.unet.config}
+    ema = EMAModel(parameters, decay, foreach=args.foreach_ema, **model)
+    if not args.dry_run:
+        ema.to(device=device, dtype=torch.float32)
     return ema
 
 
-def step_ema(ema, model):
+def step_ema(ema, parameters):
     """One update, on the model's device also when the average is kept on the CPU."""
-    home, device = ema.shadow_params[0].device, next(model.parameters()).device
-    ema.to(device)
-    ema.step(model.parameters())
+    home = ema.shadow_params[0].device
+    ema.to(parameters[0].device)
+    ema.step(parameters)
     ema.to(home)
 
 
 @contextmanager
-def ema_weights(ema, model):
-    """Inside, the model has the average weights; afterwards its own again. Does nothing if `ema` is None."""
+def ema_weights(ema, parameters):
+    """Inside, the parameters are the averages; afterwards themselves again. Does nothing if `ema` is None."""
     if ema is None:
         yield
         return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(parameters)
 
 
-def register_checkpoint_models(accelerator, name, model, ema):
-    """Checkpoints hold `name/` and `name_ema/` in diffusers' format, which `from_pretrained` loads."""
-    model_class = type(model)
+def register_checkpoint_models(accelerator, family, ema):
+    """Checkpoints hold what `family.save_weights` writes, and the average: `unet_ema/`, or with LoRA `ema.bin`."""
 
     def save(models, weights, folder):
         if accelerator.is_main_process:
-            model.save_pretrained(Path(folder, name))
-            if ema is not None:
-                ema.save_pretrained(Path(folder, f"{name}_ema"))
+            family.save_weights(folder)
+            if ema is not None and ema.model_cls is not None:
+                ema.save_pretrained(Path(folder, "unet_ema"))
+            elif ema is not None:
+                torch.save(ema.state_dict(), Path(folder, "ema.bin"))
         weights.clear()
 
     def load(models, folder):
         models.clear()
-        model.load_state_dict(model_class.from_pretrained(folder, subfolder=name).state_dict())
-        if ema is not None:
-            device = ema.shadow_params[0].device
-            ema.load_state_dict(EMAModel.from_pretrained(Path(folder, f"{name}_ema"), model_class).state_dict())
-            ema.to(device=device, dtype=torch.float32)
+        family.load_weights(folder)
+        if ema is None:
+            return
+        device = ema.shadow_params[0].device
+        if ema.model_cls is not None:
+            state = EMAModel.from_pretrained(Path(folder, "unet_ema"), ema.model_cls).state_dict()
+        else:
+            state = torch.load(Path(folder, "ema.bin"), map_location="cpu", weights_only=True)
+        ema.load_state_dict(state)
+        ema.to(device=device, dtype=torch.float32)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -179,7 +236,7 @@ def load_checkpoint(accelerator, folder, num_samples):
     try:
         accelerator.load_state(folder)
     except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another one.") from error
     accelerator.print(f"Resuming from {folder} at step {state['step']}.")
     return state
@@ -203,37 +260,33 @@ def start_run(accelerator, args, first_step):
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+    settings.pop("hub_token", None)
     accelerator.init_trackers(args.tracker_project_name, settings)
 
 
-@torch.no_grad()
-def draw_samples(accelerator, args, pipe, decode, step):
-    """Images for every validation prompt, to the tracker and as a grid (a row per prompt) in `samples/`.
+def draw_samples(accelerator, args, draw, step, title="validation"):
+    """Images for every validation prompt, to the trackers and as a grid (a row per prompt) in `samples/`.
 
     The seeds are the same at every step, so that drawings can be compared; no other random state is touched.
-    `decode` turns scaled latents into PIL images, in the VAE's own precision.
+    `draw` makes one PIL image of a prompt and the pipeline's settings. Returns the path of the grid.
     """
-    images = []
-    for prompt in args.validation_prompts:
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_validation_images)]
-        with accelerator.autocast():
-            latents = pipe(
-                [prompt] * args.num_validation_images,
-                height=args.resolution,
-                width=args.resolution,
-                num_inference_steps=args.validation_inference_steps,
-                guidance_scale=args.validation_guidance_scale,
-                generator=generators,
-                output_type="latent",
-            ).images
-        images += decode(latents)
-    folder = Path(args.output_dir, "samples")
-    folder.mkdir(parents=True, exist_ok=True)
-    grid = make_image_grid(images, rows=len(args.validation_prompts), cols=args.num_validation_images)
-    grid.save(folder / f"step-{step:06d}.png")
+    settings = {"height": args.resolution, "width": args.resolution}
+    settings |= {"num_inference_steps": args.validation_inference_steps}
+    settings |= {"guidance_scale": args.validation_guidance_scale}
+    captions = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+    seeds = [args.seed + i for _ in args.validation_prompts for i in range(args.num_validation_images)]
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    images = [draw(prompt, generator=generator, **settings) for prompt, generator in zip(captions, generators)]
+    path = Path(args.output_dir, "samples", f"step-{step:06d}.png" if title == "validation" else f"{title}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images, rows=len(args.validation_prompts), cols=args.num_validation_images).save(path)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.writer.add_images("validation", np.asarray(grid), step, dataformats="HWC")
+            tracker.writer.add_images(title, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            kind = importlib.import_module(tracker.name).Image
+            tracker.log({title: [kind(image, caption=text) for image, text in zip(images, captions)]}, step=step)
+    return path
 
 
 class Log:
@@ -304,3 +357,75 @@ def with_shares(losses):
     """Adds what share of the loss each term has that is not the diffusion loss."""
     terms = [name for name in losses if name not in ("loss", "l2")]
     return losses | {f"{name}_share": losses[name] / losses["loss"] for name in terms}
+
+
+# The Hub
+
+
+def create_hub_repo(args):
+    """Create the repository before anything is trained, so that a wrong token or name is known at once.
+
+    Sets `args.hub_model_id` to the full name.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    api = HfApi(token=args.hub_token)
+    try:
+        api.whoami()  # an existing public repository would be found without the right to write to it
+        args.hub_model_id = api.create_repo(name, exist_ok=True, private=args.hub_private_repo or None).repo_id
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"--push_to_hub: the repository {name} can't be created ({first_line(error)}): log in with `hf auth "
+            "login`, give --hub_token and --hub_model_id, or leave --push_to_hub out."
+        ) from error
+
+
+def push_to_hub(args):
+    """Upload the output folder without checkpoints and logs."""
+    ignored = ["checkpoint-*", "tmp-checkpoint-*", f"{args.logging_dir}/**"]
+    try:
+        url = HfApi(token=args.hub_token).upload_folder(
+            repo_id=args.hub_model_id,
+            folder_path=args.output_dir,
+            ignore_patterns=ignored,
+            commit_message="End of training",
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        command = f"hf upload {args.hub_model_id} {args.output_dir} . " + " ".join(f"--exclude '{i}'" for i in ignored)
+        raise UserError(
+            f"the upload failed ({first_line(error)}); the result is safe in {args.output_dir}: `{command}`"
+        ) from error
+    return url
+
+
+def write_model_card(args, pipeline_class, images):
+    """A basic `README.md` in the output folder; `images` is the path of a grid of samples, or None."""
+    base, result = args.pretrained_model_name_or_path, args.hub_model_id
+    # The Hub refuses a card with a name that is not an id.
+    ids = {"base_model": None if is_folder_name(base) else base, "datasets": args.dataset_name}
+    tags = ["text-to-image", "diffusers", "diffusers-training", "latent-perceptual-loss"]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model_relation="adapter" if args.use_lora else "finetune",
+        tags=tags + ["lora"] * args.use_lora,
+        **{name: value for name, value in ids.items() if value and not is_folder_name(value)},
+    )
+    objective = "the diffusion loss alone"
+    if args.lpl_weight != 0:
+        objective = "the [Latent Perceptual Loss](https://arxiv.org/abs/2411.04873) besides the diffusion loss"
+    samples = ""
+    if images is not None:
+        path = images.relative_to(args.output_dir).as_posix()
+        samples = f"\n![samples]({path})\n\nPrompts, a row each: {'; '.join(args.validation_prompts)}.\n"
+    loading = [f'pipe = {pipeline_class}.from_pretrained("{base if args.use_lora else result}").to("cuda")']
+    loading += [f'pipe.load_lora_weights("{result}")'] * args.use_lora
+    code = "\n".join(["```python", f"from diffusers import {pipeline_class}", "", *loading, "```"])
+    what = "LoRA weights for" if args.use_lora else "Finetuned from"
+    text = f"{what} `{base}`, trained on {args.dataset_name or 'a folder of images'} for {args.max_train_steps} steps "
+    text += f"at {args.resolution} pixels with {objective}."
+    content = f"---\n{data.to_yaml()}\n---\n\n# {result}\n\n{text}\n{samples}\n{code}\n"
+    Path(args.output_dir, "README.md").write_text(content)
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -61,7 +61,7 @@ def test_latents_are_scaled_as_the_pipeline_unscales_them(photos, tmp_path):
     family = load_family(build_tiny_sd(tmp_path / "model", vae=vae), photos, tmp_path / "out")
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    latents = family.encode_images(pixels, generators)
+    latents = family.latents({"pixel_values": pixels}, generators)
     posterior = vae.encode(pixels).latent_dist
     noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     expected = (posterior.mean + posterior.std * torch.cat(noise) - 0.3) * vae.config.scaling_factor

@@ -264,9 +264,7 @@ def test_saved_weights_are_the_average_and_validation_changes_nothing(train):
 
 def test_default_ema_decay_depends_on_lpl(train, monkeypatch):
     decays = []
-    monkeypatch.setattr(
-        train_lpl_sd, "make_ema", lambda args, model, default_decay: decays.append(default_decay) or None
-    )
+    monkeypatch.setattr(train_lpl_sd, "make_ema", lambda *_, default_decay: decays.append(default_decay) or None)
     train("--use_ema", steps=1, name="with")
     train("--use_ema", "--lpl_weight", 0, steps=1, name="without")
     assert decays == [0.99975, 0.9999]

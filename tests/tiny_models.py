@@ -89,24 +89,37 @@ def build_tiny_sd(
     sample_size=8,
     unet_channels=(8, 16),
     vae=None,
+    xl=False,
     **scheduler_config,
 ):
     """Saves a stock StableDiffusionPipeline with random weights into `folder` and returns its path.
 
-    scheduler: "DDIM" or "PNDM" (which knows no prediction type "sample"), with SD's noise schedule.
+    scheduler: "DDIM", "PNDM" (which knows no prediction type "sample") or "Euler", with SD's noise schedule.
     sample_size: side of the latents; images are 8 times as large. vae: takes the place of the tiny one.
+    xl: a StableDiffusionXLPipeline instead: a second text encoder, of another width, and size and crop conditioning.
     """
-    from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import (
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer = build_tiny_tokenizer()
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-    noise |= {"steps_offset": 1, "set_alpha_to_one": False, "prediction_type": prediction_type, **scheduler_config}
-    if scheduler == "DDIM":
-        noise_scheduler = DDIMScheduler(**{"clip_sample": False, **noise})
-    else:
-        noise_scheduler = PNDMScheduler(**{"skip_prk_steps": True, **noise})
+    noise |= {"steps_offset": 1, "prediction_type": prediction_type, **scheduler_config}
+    noise_scheduler = {
+        "DDIM": lambda: DDIMScheduler(**{"clip_sample": False, "set_alpha_to_one": False, **noise}),
+        "PNDM": lambda: PNDMScheduler(**{"skip_prk_steps": True, "set_alpha_to_one": False, **noise}),
+        "Euler": lambda: EulerDiscreteScheduler(**noise),
+    }[scheduler]()
     vae = vae or build_tiny_vae(vae_kind, seed=seed)
+    conditioning = {"cross_attention_dim": 16}
+    if xl:  # both encoders' widths; the second's pooled output and six numbers of 8 sinusoids each
+        conditioning = {"cross_attention_dim": 16 + 24, "addition_embed_type": "text_time"}
+        conditioning |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
@@ -117,36 +130,30 @@ def build_tiny_sd(
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
             attention_head_dim=4,
             norm_num_groups=4,
+            **conditioning,
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                projection_dim=16,
-                max_position_embeddings=77,
-            )
-        )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=noise_scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        text_encoder = _text_encoder(CLIPTextModel, width=16)
+        second = _text_encoder(CLIPTextModelWithProjection, width=24) if xl else None
+    components = {"vae": vae, "text_encoder": text_encoder, "unet": unet.eval(), "scheduler": noise_scheduler}
+    components |= {"tokenizer": build_tiny_tokenizer(), "feature_extractor": None}
+    if xl:
+        pipeline = StableDiffusionXLPipeline(text_encoder_2=second, tokenizer_2=build_tiny_tokenizer(), **components)
+    else:
+        pipeline = StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **components)
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def _text_encoder(model_class, width):
+    from transformers import CLIPTextConfig
+
+    tokenizer = build_tiny_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
+    widths = {"hidden_size": width, "intermediate_size": 32, "projection_dim": 16}
+    return model_class(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **layers, **widths)).eval()
 
 
 def build_photo_folder(folder, n, size, seed=0):
