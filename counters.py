@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 
@@ -61,25 +61,40 @@ def count_flops(fn):
     """
     with FlopCounter() as counter:
         fn()
-    return counter.get_total_flops()
+    return counter.total
 
 
-class FlopCounter(FlopCounterMode):
-    """torch's counter, which does not know the attention kernel of the CPU."""
+def _cpu_attention(query, key, value, *args, **kwargs):
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward(grad, query, key, value, *args, **kwargs):
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+FORMULAS = flop_registry | {  # torch's own know the attention kernels of GPUs only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts what `count_flops` says, of all that runs in this context, in `total`.
+
+    torch's `FlopCounterMode` takes operations apart and hooks modules, which `LiveBytes` beside it would count.
+    """
 
     def __init__(self):
-        def forward(query, key, value, *args, **kwargs):
-            return sdpa_flop_count(query, key, value)
+        super().__init__()
+        self.total = 0
 
-        def backward(grad, query, key, value, *args, **kwargs):
-            return sdpa_backward_flop_count(grad, query, key, value)
-
-        aten = torch.ops.aten
-        cpu_attention = {
-            aten._scaled_dot_product_flash_attention_for_cpu: forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        }
-        super().__init__(display=False, custom_mapping=cpu_attention)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = FORMULAS.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 def without_values(module):

@@ -55,7 +55,7 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         for p in trained:
             p.grad = None
         passes = min(2, args.gradient_accumulation_steps)
-        return fixed + memory.peak, flops.get_total_flops() / passes, decoded / passes
+        return fixed + memory.peak, flops.total / passes, decoded / passes
 
     count["peak_l2"], flops_l2, _ = step(None)
     count["peak"], count["flops_l2"] = count["peak_l2"], flops_l2 * args.gradient_accumulation_steps

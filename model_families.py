@@ -20,7 +20,6 @@ from diffusers import (
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -197,7 +196,8 @@ class StableDiffusion:
             return self.unet.save_pretrained(Path(folder, "unet"))
         layers = {}
         for name, model in self.adapted.items():
-            state = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+            # In peft's names: diffusers' own are for attention layers only, and a mix loads in part, silently.
+            state = get_peft_model_state_dict(model)
             if name != "unet":  # as older transformers, and other tools, call a text encoder's modules
                 state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
             layers[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
@@ -213,7 +213,7 @@ class StableDiffusion:
             part = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
             if not hasattr(model, "text_model"):
                 part = {key.removeprefix("text_model."): value for key, value in part.items()}
-            wrong = set_peft_model_state_dict(model, convert_state_dict_to_peft(part))
+            wrong = set_peft_model_state_dict(model, part)
             missing = [key for key in wrong.missing_keys if "lora_" in key]
             if missing or wrong.unexpected_keys:
                 raise ValueError(f"its LoRA is another one: {(missing or wrong.unexpected_keys)[0]}")

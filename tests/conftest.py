@@ -20,6 +20,14 @@ def tiny_sd(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """The same for SDXL."""
+    from tiny_models import build_tiny_sd
+
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "sdxl", xl=True, scheduler="Euler")
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """Ten small pictures with captions."""
     from tiny_models import build_photo_folder

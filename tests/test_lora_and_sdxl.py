@@ -1,0 +1,365 @@
+"""train_lpl_sd.py with LoRA, SDXL, caches and compiled models, as its users run it, on tiny models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_log
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_vae, photo_id
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import train_lpl_sd
+from arguments import UserError
+from data_utils import cache_latents, load_image, make_stream
+from lpl_utils import LatentPerceptualLoss
+from model_families import StableDiffusion
+
+
+ROOT = Path(train_lpl_sd.__file__).parent
+WIDE_GATE = ("--lpl_sigma_threshold", 80)
+LORA = ("--use_lora", "--rank", 2, "--lora_alpha", 8, "--learning_rate", 0.05)
+TEXT = (*LORA, "--train_text_encoder", "--lora_layers", "to_q, to_v, ff.net.2, proj_in, conv1, time_emb_proj")
+DRAW = ("--validation_prompt", "a red fox", "--num_validation_images", 1, "--validation_steps", 2)
+CACHES = ("--cache_latents", "--center_crop", "--cache_text_embeddings")
+
+
+@pytest.fixture(params=["SD", "SDXL"])
+def model(request, tiny_sd, tiny_sdxl):
+    return {"SD": tiny_sd, "SDXL": tiny_sdxl}[request.param]
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+def draw(pipe, seed=0):
+    """What a validation image is, drawn by a stock pipeline."""
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"height": 64, "width": 64, "num_inference_steps": 25, "guidance_scale": 7.5}
+    return pixels(pipe("a red fox", generator=torch.Generator().manual_seed(seed), **settings).images[0])
+
+
+def weights(path):
+    return load_file(path / "pytorch_lora_weights.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Train, save, reload in the stock pipeline, sample
+
+
+@pytest.mark.parametrize("kind", [("--learning_rate", 1e-3), LORA, TEXT], ids=["full", "LoRA", "LoRA with text"])
+def test_what_the_stock_pipeline_draws_is_what_was_trained(train, model, kind):
+    output = train(*kind, *DRAW, *WIDE_GATE, model=model, steps=2)
+    in_training = pixels(Image.open(output / "samples" / "step-000002.png"))
+    base = DiffusionPipeline.from_pretrained(model)
+    assert np.abs(draw(base) - in_training).max() > 8
+    if "--use_lora" in kind:
+        base.load_lora_weights(output)
+        reloaded = base
+        assert not (output / "unet").exists()
+    else:
+        reloaded = DiffusionPipeline.from_pretrained(output)
+    assert type(reloaded) is type(base)
+    assert np.abs(draw(reloaded) - in_training).max() <= 1
+    # The run has done the same at its end.
+    assert np.abs(pixels(Image.open(output / "samples" / "final.png")) - in_training).max() <= 1
+    assert all(row["lpl"] > 0 for row in read_log(output))
+
+
+def test_every_text_encoder_learns(train, model):
+    output = train(*TEXT, *WIDE_GATE, model=model, steps=1)
+    encoders = {key.split(".")[0] for key in weights(output)} - {"unet"}
+    assert encoders == {path.name for path in model.glob("text_encoder*")}
+    ups = {key: value.any() for key, value in weights(output).items() if "lora_B" in key}  # they start at zero
+    assert len(ups) > 20 and all(ups.values())
+    # Other tools know a text encoder's modules by the names of older transformers.
+    assert all(".text_model.encoder.layers." in key for key in weights(output) if key.startswith("text_encoder"))
+
+
+def test_with_the_adapter_off_the_lora_is_the_base(train, model, monkeypatch):
+    families = []
+    finish = train_lpl_sd.finish
+    monkeypatch.setattr(train_lpl_sd, "finish", lambda *a: families.append(a[2]) or finish(*a))
+    output = train(*TEXT, "--use_dora", *WIDE_GATE, model=model, steps=2)
+    loaded = DiffusionPipeline.from_pretrained(model)
+    loaded.load_lora_weights(output)
+    loaded.disable_lora()
+    (family,) = families
+    base = DiffusionPipeline.from_pretrained(model)
+    for name in ("unet", *family.text_encoder_names):
+        expected = getattr(base, name).state_dict()
+        for pipe in (family.pipe, loaded):
+            found = getattr(pipe, name).state_dict()
+            found = {key.replace(".base_layer", ""): value for key, value in found.items() if "lora_" not in key}
+            assert same(found, expected)
+    assert np.array_equal(draw(loaded), draw(base))
+
+
+def test_rank_alpha_and_layers_are_saved_with_the_weights(train, tiny_sdxl):
+    output = train(*TEXT, "--lora_layers", "to_q, ff.net.2", model=tiny_sdxl, steps=1)
+    state, _, metadata = StableDiffusionXLPipeline.lora_state_dict(output, return_lora_metadata=True)
+    modules = {key.split(".lora_")[0].split("transformer_blocks.0.")[1] for key in state if key.startswith("unet")}
+    assert modules == {"attn1.to_q", "attn2.to_q", "ff.net.2"}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        assert metadata[f"{part}.r"] == 2 and metadata[f"{part}.lora_alpha"] == 8
+
+
+def test_layers_that_are_not_there_are_refused(train):
+    with pytest.raises(UserError, match="--lora_layers to_z: .*to_z"):
+        train("--use_lora", "--lora_layers", "to_z")
+
+
+def test_half_precision_bases_train_float32_adapters(train, model):
+    output = train(*LORA, "--mixed_precision", "bf16", *WIDE_GATE, *DRAW, model=model, steps=2)
+    assert {value.dtype for value in weights(output).values()} == {torch.float32}
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(output)
+    assert np.abs(draw(pipe) - pixels(Image.open(output / "samples" / "step-000002.png"))).mean() < 8
+
+
+@pytest.mark.parametrize("extra", [("--train_text_encoder", "--gradient_checkpointing"), ("--use_dora",)])
+def test_a_resumed_lora_run_is_bitwise_the_uninterrupted_one(train, model, extra):
+    flags = (*LORA, *extra, "--lora_dropout", 0.3, "--use_ema", "--ema_decay", 0.9, "--random_flip", *WIDE_GATE)
+    flags += ("--checkpointing_steps", 3, "--proportion_empty_prompts", 0.3)
+    whole = train(*flags, steps=6, model=model, name="whole")
+    resumed = whole.with_name("resumed")
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    train(*flags, "--resume_from_checkpoint", "latest", steps=6, model=model, name="resumed")
+    for part in (".", "checkpoint-6"):
+        assert same(weights(whole / part), weights(resumed / part))
+    assert not same(weights(whole), weights(whole / "checkpoint-6"))  # the result is the average
+    # A checkpoint is loaded by the stock pipeline as well.
+    DiffusionPipeline.from_pretrained(model).load_lora_weights(whole / "checkpoint-3")
+
+
+def test_a_checkpoint_of_another_rank_is_refused(train):
+    train("--use_lora", "--checkpointing_steps", 1, "--lpl_weight", 0, steps=1)
+    with pytest.raises(UserError, match="--resume_from_checkpoint .* is damaged"):
+        train("--use_lora", "--rank", 3, "--lpl_weight", 0, "--resume_from_checkpoint", "latest")
+
+
+def test_two_processes_train_adapters_of_both_text_encoders_as_one_does(train, tiny_sdxl, photos, tmp_path):
+    flags = (*TEXT, *WIDE_GATE, "--lpl_weight", 0.1, "--learning_rate", 1e-3, *CACHES[:2])
+    one = train(*flags, "--train_batch_size", 4, model=tiny_sdxl, steps=2, name="one")
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    command += [ROOT / "train_lpl_sd.py", "--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", photos]
+    command += ["--output_dir", two, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
+    command += ["--max_train_steps", 2, "--logging_steps", 1, "--seed", 0, *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "2 samples x 2 processes" in result.stderr
+    for row, expected in zip(read_log(two), read_log(one), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+# Conditioning
+
+
+def test_the_unet_of_sdxl_is_called_as_the_pipeline_calls_it(tiny_sdxl, photos, tmp_path):
+    args = train_lpl_sd.parse_args(words(tiny_sdxl, photos, tmp_path, "--proportion_empty_prompts", 0.5))
+    family = train_lpl_sd.find_family(args)(args, torch.device("cpu"), torch.float32, torch.float32)
+    calls = []
+    family.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, unet=family.unet)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"original_size": (480, 640), "crops_coords_top_left": (3, 5), "target_size": (64, 64)}
+    pipe("a red fox", num_inference_steps=1, height=64, width=64, **sizes)
+    (latents, timestep), theirs = calls[0]
+
+    batch = {"captions": ["", "a red fox"], "original_sizes": torch.tensor([[480, 640]] * 2)}
+    batch["crop_top_lefts"] = torch.tensor([[3, 5]] * 2)
+    conditioning = family.conditioning(batch)  # a dropped caption is what guidance starts from
+    family.predict(family.unet, latents, timestep.repeat(2).long(), conditioning)
+    _, ours = calls[-1]
+    torch.testing.assert_close(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
+    for name in ("text_embeds", "time_ids"):
+        torch.testing.assert_close(ours["added_cond_kwargs"][name], theirs["added_cond_kwargs"][name])
+
+
+def words(model, photos, output, *more):
+    flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", photos, "--output_dir", output / "out"]
+    return [str(word) for word in (*flags, "--resolution", 64, "--seed", 0, *more)]
+
+
+@pytest.mark.parametrize("bias, favoured", [("earlier", (0, 249)), ("later", (750, 999)), ("range", (100, 299))])
+def test_biased_timesteps_come_as_often_as_asked_for(tiny_sd, photos, tmp_path, bias, favoured):
+    flags = ["--timestep_bias_strategy", bias, "--timestep_bias_multiplier", 3]
+    flags += ["--timestep_bias_begin", 100, "--timestep_bias_end", 300] if bias == "range" else []
+    args = train_lpl_sd.parse_args(words(tiny_sd, photos, tmp_path, *flags))
+    family = StableDiffusion(args, torch.device("cpu"), torch.float32, torch.float32)
+    timesteps = family.sample_timesteps([torch.Generator().manual_seed(i) for i in range(3000)])
+    inside = ((timesteps >= favoured[0]) & (timesteps <= favoured[1])).float().mean().item()
+    share = (favoured[1] - favoured[0] + 1) / 1000
+    assert inside == pytest.approx(3 * share / (3 * share + 1 - share), abs=0.03)
+
+
+# Caches
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_caches_change_nothing_but_the_work(train, model, monkeypatch, precision):
+    flags = ("--center_crop", "--random_flip", "--proportion_empty_prompts", 0.3, "--mixed_precision", precision)
+    flags += (*WIDE_GATE, "--lpl_weight", 0.1, "--max_train_steps", 7)
+    plain = train(*flags, model=model, name="plain")
+    encoded = []
+    for encoder, method in ((AutoencoderKL, "encode"), (CLIPTextModel, "forward")):
+        call = getattr(encoder, method)
+        spy = lambda *a, call=call, **k: encoded.append(call) or call(*a, **k)  # noqa: E731
+        monkeypatch.setattr(encoder, method, spy)
+    cached = train(*flags, *CACHES, model=model, name="cached")
+    encoders = len(list(model.glob("text_encoder*")))
+    assert len(encoded) == 2 * 10 + 11 * encoders  # photos, also mirrored; captions, and none
+    for row, expected in zip(read_log(cached), read_log(plain), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4 if precision == "no" else 2e-2)
+
+
+def test_captions_crops_and_cached_latents_belong_together(tiny_sdxl, tmp_path):
+    photos = build_photo_folder(tmp_path / "photos", n=24, size=(100, 72))
+    flags = ("--center_crop", "--random_flip", "--cache_latents", "--resolution", 64)
+    args = train_lpl_sd.parse_args(words(tiny_sdxl, photos, tmp_path, *flags))
+    stream = make_stream(args)
+    vae = AutoencoderKL.from_pretrained(tiny_sdxl, subfolder="vae")
+    encode = lambda pixel_values: vae.encode(pixel_values).latent_dist.parameters  # noqa: E731
+    with torch.no_grad():
+        cache_latents(stream, encode, lambda items, compute, title: [compute(item) for item in items])
+        mirrored = 0
+        for position in range(60):
+            sample = stream[position]
+            number = int(sample["caption"].split("number ")[1])
+            photo = load_image(photos / f"photo_{number:04d}.png")
+            assert photo_id(photo) == number
+            resized = photo.resize((int(100 * 64 / 72), 64), Image.Resampling.LANCZOS)
+            top, left = sample["crop_top_left"]
+            assert sample["original_size"] == (72, 100) and (top, left) == (0, 12)
+            crop = torch.tensor(np.asarray(resized)[:, left : left + 64].transpose(2, 0, 1) / 127.5 - 1).float()
+            turned = torch.tensor(np.asarray(resized)[:, ::-1][:, left : left + 64].transpose(2, 0, 1) / 127.5 - 1)
+            distances = [(encode(x[None].float())[0] - sample["posterior"]).abs().max() for x in (crop, turned)]
+            assert min(distances) < 1e-4
+            mirrored += int(distances[1] < distances[0])
+    assert 15 < mirrored < 45
+
+
+def test_encoders_leave_the_device_once_all_is_cached(train, tiny_sdxl, monkeypatch):
+    moved = []
+    move = torch.nn.Module.to
+
+    def spy(module, *args, **kwargs):
+        if isinstance(module, (CLIPTextModel, CLIPTextModelWithProjection)) or "coder" in type(module).__name__:
+            moved.append((type(module).__name__, str(args[0])))
+        return move(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    monkeypatch.setattr(train_lpl_sd, "finish", lambda *_: None)
+    monkeypatch.setattr(train_lpl_sd, "make_lpl", lambda *_: moved.append("training") or pytest.skip.Exception)
+    with pytest.raises(Exception):
+        train(*CACHES, model=tiny_sdxl, steps=1)
+    placed = dict(moved[: moved.index("training")])
+    assert placed["Encoder"] == placed["CLIPTextModel"] == placed["CLIPTextModelWithProjection"] == "cpu"
+
+
+def test_an_image_that_cannot_be_read_is_skipped_in_the_cache_as_well(train, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    flags = ("--max_bad_images", 1, *CACHES, "--lpl_weight", 0, "--use_lora")
+    args = train_lpl_sd.parse_args(words(build_tiny_sd(tmp_path / "model"), folder, tmp_path, *flags))
+    (folder / "photo_0003.png").write_bytes(b"no longer")  # after it was checked
+    stream = make_stream(args)
+    ones = lambda pixel_values: torch.ones(1, 8, 8, 8)  # noqa: E731
+    cache_latents(stream, ones, lambda items, compute, title: [compute(item) for item in items])
+    captions = [stream[position]["caption"] for position in range(10)]
+    assert len(captions) == 10 and not any(caption.endswith("number 3") for caption in captions)
+
+
+@pytest.mark.parametrize("cached", [(), CACHES], ids=["encoded at every step", "cached"])
+def test_a_vae_that_overflows_is_noticed(train, tmp_path, cached):
+    vae = build_tiny_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight *= 1e38
+    model = build_tiny_sd(tmp_path / "model", vae=vae)
+    with pytest.raises(UserError, match="not finite|loss nan") as error:
+        train("--lpl_weight", 0, *cached, model=model)
+    assert "--vae_dtype" in str(error.value)
+
+
+# Compiled models
+
+
+def test_a_compiled_unet_trains_and_saves_like_a_plain_one(train, model, monkeypatch):
+    flags = (*WIDE_GATE, "--lpl_weight", 0.1, "--use_ema", "--checkpointing_steps", 1, *DRAW)
+    plain = train(*flags, model=model, name="plain", steps=2)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = train(*flags, model=model, name="compiled", steps=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for part in ("unet", "checkpoint-2/unet", "checkpoint-2/unet_ema"):
+        first, second = (load_file(o / part / "diffusion_pytorch_model.safetensors") for o in (plain, compiled))
+        assert first.keys() == second.keys()
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_decoder_blocks_give_the_same_loss_and_gradient(recompute):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    results = []
+    for compile_backend in (None, backend):
+        vae = build_tiny_vae()
+        lpl = LatentPerceptualLoss(vae, gradient_checkpointing=recompute, compile_backend=compile_backend)
+        torch.manual_seed(0)
+        z0_hat, z0 = torch.randn(2, 2, 4, 8, 8)
+        loss, stats = lpl(z0_hat.requires_grad_(), z0)
+        loss.sum().backward()
+        results.append((loss.detach(), z0_hat.grad, vae.decode(z0).sample))
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(plain, compiled)
+    assert len(graphs) >= 5  # every hooked block, at least once
+    torch._dynamo.reset()
+
+
+def test_the_decoder_is_compiled_on_request(train, monkeypatch):
+    plain = train("--lpl_weight", 0.1, *WIDE_GATE, name="plain", steps=1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = train("--lpl_weight", 0.1, *WIDE_GATE, "--lpl_compile", "aot_eager", name="compiled", steps=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
+    assert read_log(compiled)[0]["lpl"] == pytest.approx(read_log(plain)[0]["lpl"], rel=1e-4)
+    torch._dynamo.reset()
+
+
+# Validation
+
+
+def test_epochs_between_drawings_are_steps_of_the_data(train):
+    flags = ("--validation_prompts", "a fox", "--num_validation_images", 1, "--validation_epochs", 2)
+    output = train("--lpl_weight", 0, *flags, "--gradient_accumulation_steps", 2, "--skip_final_inference", steps=7)
+    # 10 photos, 4 a step: an epoch is 3 steps.
+    assert [path.name for path in (output / "samples").iterdir()] == ["step-000006.png"]
+
+
+def test_lora_with_a_new_schedule_says_so(train, tmp_path):
+    model = build_tiny_sd(tmp_path / "model", prediction_type="v_prediction")
+    output = train(*LORA, "--rescale_betas_zero_snr", *WIDE_GATE, model=model, steps=1)
+    config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert config["rescale_betas_zero_snr"] and config["timestep_spacing"] == "trailing"
+    pipe = StableDiffusionPipeline.from_pretrained(model, scheduler=None)
+    assert pipe.scheduler is None
