@@ -5,6 +5,7 @@ library is imported, so that `--help` and a wrong flag answer at once.
 """
 
 import argparse
+import difflib
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ class UserError(ValueError):
     """A mistake of the user's: one plain sentence that names the flag or file and the remedy."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action):
@@ -237,16 +238,16 @@ def add_output_arguments(parser):
 
 
 # Flags of the Diffusers scripts that a script here may not have, and what to do instead.
-FLOW = "belongs to flow-matching transformers: weight the timesteps with --snr_gamma, draw them with "
+FLOW = "belongs to flow-matching transformers: here, timesteps are weighted with --snr_gamma and drawn with "
 FLOW += "--timestep_bias_strategy"
 REFUSED = {
-    "--input_perturbation": "noises the input otherwise than the target says, so that no clean latent follows from a "
-    "prediction, as LPL needs: leave it out, or use --noise_offset",
+    "--input_perturbation": "trains on other noise than the target's, so that LPL can't tell the clean latent: leave "
+    "it out",
     "--dream_training": "changes the target by a second forward pass: leave it out; LPL, on by default, is what this "
     "script offers for sharper images",
     "--dream_detail_preservation": "belongs to --dream_training: leave both out; LPL is on by default",
-    "--non_ema_revision": "is not needed: name the revision to start from with --revision",
-    "--local_rank": "is not needed: start the script with `accelerate launch`, which numbers the processes",
+    "--non_ema_revision": "is not needed: name the weights to start from with --revision or --variant non_ema",
+    "--local_rank": "is not needed: leave it out and start with `accelerate launch`, which numbers the processes",
     "--enable_npu_flash_attention": "is for NPUs, on which this script was never run: leave it out, torch chooses the "
     "attention, or use --enable_xformers_memory_efficient_attention",
     "--debug_loss": "is not needed: the losses are in train_log.jsonl and the tracker, at every step with "
@@ -260,10 +261,12 @@ REFUSED = {
     "--guidance_scale": "belongs to guidance-distilled transformers: for the drawings there is "
     "--validation_guidance_scale",
     "--max_sequence_length": "belongs to T5, while CLIP reads 77 tokens: leave it out",
-    "--offload": "is not needed: --cache_latents and --cache_text_embeddings take the encoders off the device",
+    "--offload": "is not there: take the encoders off the device with --cache_latents and --cache_text_embeddings",
     "--bnb_quantization_config_path": "is not there yet: save memory with --mixed_precision bf16, "
     "--gradient_checkpointing and --use_8bit_adam",
-    "--upcast_before_saving": "is not needed: weights are saved in float32",
+    "--upcast_before_saving": "is not needed, as weights are saved in float32: leave it out",
+    "--adam_weight_decay_text_encoder": "is not there: --adam_weight_decay is for all that is trained, the text "
+    "encoders' adapters too",
 }
 
 
@@ -271,9 +274,12 @@ def parse_args(parser, argv=None):
     """Parse and check; a wrong flag ends the program with one sentence and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
-    for flag in given:
-        if flag in REFUSED and flag not in parser._option_string_actions:
+    known = parser._option_string_actions
+    for flag in (flag for flag in given if flag not in known):
+        if flag in REFUSED:
             parser.error(f"{flag} {REFUSED[flag]}.")
+        similar = difflib.get_close_matches(flag, known, n=1)
+        parser.error(f"there is no flag {flag}" + (f"; is {similar[0]} meant?" if similar else ": see --help."))
     args = parser.parse_args(argv)
     args.given_flags = sorted(set(given))
     args.given_lpl_flags = [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_"))]
@@ -306,7 +312,7 @@ def check_ranges(args):
     """Checks of single flags. Raises UserError."""
     for names, fits, what in (
         (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "not negative"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),
         (POSITIVE, lambda value: value > 0, "greater than 0"),
         (BELOW_ONE, lambda value: 0 <= value < 1, "from 0 to below 1"),
         (SHARES, lambda value: 0 <= value <= 1, "from 0 to 1"),
@@ -333,6 +339,10 @@ ADAM_FLAGS = "--adam_beta1 --adam_beta2 --adam_epsilon".split()
 PRODIGY_FLAGS = "--prodigy_beta3 --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup".split()
 EMA_FLAGS = "--ema_decay --offload_ema --foreach_ema".split()
 HUB_FLAGS = "--hub_model_id --hub_token --hub_private_repo".split()
+DRAWING_FLAGS = (
+    "--validation_steps --validation_epochs --num_validation_images --validation_guidance_scale "
+    "--validation_inference_steps --skip_final_inference"
+).split()
 BIAS_FLAGS = "--timestep_bias_multiplier --timestep_bias_portion --timestep_bias_begin --timestep_bias_end".split()
 
 
@@ -343,6 +353,10 @@ def check_combinations(args):
         (EMA_FLAGS, "--use_ema", args.use_ema),
         (HUB_FLAGS, "--push_to_hub", args.push_to_hub),
         (PRODIGY_FLAGS, "--optimizer prodigy", args.optimizer == "prodigy"),
+        (["--lr_num_cycles"], "--lr_scheduler cosine_with_restarts", args.lr_scheduler == "cosine_with_restarts"),
+        (["--lr_power"], "--lr_scheduler polynomial", args.lr_scheduler == "polynomial"),
+        (["--dataset_config_name"], "--dataset_name", args.dataset_name),
+        (DRAWING_FLAGS, "--validation_prompts", args.validation_prompts or args.validation_prompt is not None),
         (BIAS_FLAGS[:1], "--timestep_bias_strategy", args.timestep_bias_strategy != "none"),
         (BIAS_FLAGS[1:2], "--timestep_bias_strategy earlier or later", args.timestep_bias_strategy[-2:] == "er"),
         (BIAS_FLAGS[2:], "--timestep_bias_strategy range", args.timestep_bias_strategy == "range"),
@@ -350,6 +364,11 @@ def check_combinations(args):
         unused = [flag for flag in flags if flag in args.given_flags]
         if unused and not there:
             raise UserError(f"{unused[0]} has no effect without {needed}: add it, or leave {unused[0]} out.")
+    if args.timestep_bias_strategy != "none" and args.timestep_bias_multiplier == 1:
+        raise UserError(
+            "--timestep_bias_strategy has no effect without --timestep_bias_multiplier: 2 draws these timesteps "
+            "twice as often."
+        )
     if args.optimizer == "adafactor":
         check_unused(args, ADAM_FLAGS, "--optimizer adafactor")
     if args.lpl_weight not in ("auto", 0):
@@ -362,8 +381,8 @@ def check_combinations(args):
         raise UserError("--lr_warmup_steps needs a schedule with a warm-up: --lr_scheduler constant_with_warmup?")
     if args.lpl_weight != 0 and args.max_train_steps and args.lpl_start_step >= args.max_train_steps:
         raise UserError(
-            f"--lpl_start_step {args.lpl_start_step} is after the last step, {args.max_train_steps}: start earlier or "
-            "switch LPL off with --lpl_weight 0."
+            f"--lpl_start_step {args.lpl_start_step} is never reached in {args.max_train_steps} steps: start earlier, "
+            "or switch LPL off with --lpl_weight 0."
         )
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other: give one of them.")
@@ -375,6 +394,11 @@ def check_combinations(args):
         raise UserError(
             "--cache_text_embeddings keeps what the text encoders give before training, while --train_text_encoder "
             "changes them: leave one of them out."
+        )
+    if args.hub_token and args.report_to in ("wandb", "all"):
+        raise UserError(
+            "--hub_token would end up in wandb, which records the command line: log in with `hf auth login` instead, "
+            "and leave --hub_token out."
         )
     if not (args.train_data_dir or args.dataset_name):
         raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
@@ -403,7 +427,8 @@ def check_packages(args):
         (args.enable_xformers_memory_efficient_attention, xformers, "xformers"),
     ):
         if needed and importlib.util.find_spec(package) is None:
-            raise UserError(f"{flag} needs a package that is not installed: `pip install {package}`, or leave it out.")
+            otherwise = "give --report_to none" if package == args.report_to else "leave it out"
+            raise UserError(f"{flag} needs a package that is not installed: `pip install {package}`, or {otherwise}.")
 
 
 def set_defaults(args):
@@ -414,7 +439,7 @@ def set_defaults(args):
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
-    if args.validation_prompt:
+    if args.validation_prompt is not None:
         args.validation_prompts = [args.validation_prompt]
 
 
@@ -478,7 +503,10 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
         "AsymmetricAutoencoderKL": vae_config.get("down_block_out_channels"),
     }
     if vae_class not in encoder_widths:
-        raise UserError(f"the VAE is a {vae_class}; this script supports {' and '.join(encoder_widths)}.")
+        raise UserError(
+            f"the VAE is a {vae_class}, this script supports {' and '.join(encoder_widths)}: give another one with "
+            "--pretrained_vae_model_name_or_path."
+        )
     if args.resolution is None:
         args.resolution = 1024 if unet_config.get("addition_embed_type") == "text_time" else 512
     if args.vae_dtype == "fp16" and vae_config.get("force_upcast"):
@@ -500,7 +528,15 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
         raise UserError(f"--resolution {args.resolution} must be a multiple of {factor}, the VAE's factor: {nearest}?")
     blocks = len(vae_config.get("up_block_types", encoder_widths[vae_class]))
     if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
-        raise UserError(f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks.")
+        raise UserError(
+            f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks, give that or fewer."
+        )
+    timesteps = scheduler_config.get("num_train_timesteps", 1000)
+    if args.timestep_bias_strategy == "range" and args.timestep_bias_end > timesteps:
+        raise UserError(
+            f"--timestep_bias_end {args.timestep_bias_end} must be at most {timesteps}, the number of the model's "
+            "timesteps."
+        )
     prediction_type = args.prediction_type or scheduler_config.get("prediction_type", "epsilon")
     zero_snr = args.rescale_betas_zero_snr or scheduler_config.get("rescale_betas_zero_snr")
     if zero_snr and prediction_type == "epsilon":

@@ -294,7 +294,7 @@ class LatentPerceptualLoss:
 
     def _probe_latents(self):
         shape = (2, 2, self.vae.config.latent_channels, 8, 8)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(self.vae.parameters()))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(self.vae.decoder.parameters()))
 
     @torch.no_grad()
     def _probe(self):

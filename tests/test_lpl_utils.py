@@ -485,6 +485,15 @@ def test_a_custom_unscale_replaces_the_factor_and_shift():
     assert_equal_to(actual[1], expected[1])
 
 
+def test_only_the_decoder_need_be_on_the_device():
+    vae = build_tiny_vae()
+    z0_hat, z0 = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = LatentPerceptualLoss(vae)(z0_hat, z0)[0]
+    vae.encoder.to("meta")
+    vae.quant_conv.to("meta")
+    assert torch.equal(LatentPerceptualLoss(vae)(z0_hat, z0)[0], expected) and expected > 0
+
+
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AsymmetricAutoencoderKL"])
 def test_the_features_are_those_that_occur_inside_decode(kind):
     vae = vae64(kind=kind)
