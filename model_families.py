@@ -220,6 +220,9 @@ class StableDiffusion:
 
     def save_result(self, folder):
         """LoRA weights, or a stock pipeline: the new UNet, a scheduler that says how it was trained, the rest."""
+        base = self.args.pretrained_model_name_or_path
+        if is_folder_name(base):  # no paths of this machine in what may be shared
+            self.unet.register_to_config(_name_or_path=Path(base).resolve().name)
         self.save_weights(folder)  # first what training made, should the base model be out of reach
         if self.args.use_lora:
             if self.args.prediction_type or self.args.rescale_betas_zero_snr:  # the base model's does not say so
@@ -233,6 +236,8 @@ class StableDiffusion:
             raise UserError(
                 f"the UNet is saved in {Path(folder, 'unet')}, the rest of the pipeline not: {error}"
             ) from error
+        for part in (pipe, pipe.vae) if is_folder_name(base) else ():
+            part.register_to_config(_name_or_path=Path(base).resolve().name)
         pipe.save_pretrained(folder)
 
     def load_result(self, folder):

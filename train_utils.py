@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import time
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
@@ -48,7 +49,7 @@ def make_accelerator(args):
             project_config=project,
         )
     except ValueError as error:  # such as fp16 without a GPU
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {error}") from error
+        raise UserError(f"--mixed_precision {args.mixed_precision or '(accelerate config)'}: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
     if args.resume_from_checkpoint:
@@ -285,7 +286,9 @@ def draw_samples(accelerator, args, draw, step, title="validation"):
             tracker.writer.add_images(title, np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC")
         elif tracker.name in ("wandb", "trackio"):
             kind = importlib.import_module(tracker.name).Image
-            tracker.log({title: [kind(image, caption=text) for image, text in zip(images, captions)]}, step=step)
+            shown = [kind(image, caption=text) for image, text in zip(images, captions)]
+            one_by_one = {f"{title}/{i}": image for i, image in enumerate(shown)}  # trackio drops a list
+            tracker.log({title: shown} if tracker.name == "wandb" else one_by_one, step=step)
     return path
 
 
@@ -370,61 +373,94 @@ def create_hub_repo(args):
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     api = HfApi(token=args.hub_token)
     try:
-        api.whoami()  # an existing public repository would be found without the right to write to it
         args.hub_model_id = api.create_repo(name, exist_ok=True, private=args.hub_private_repo or None).repo_id
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        api.auth_check(args.hub_model_id, write=True)  # a public one that exists is found without the right to write
+        public = args.hub_private_repo and not api.model_info(args.hub_model_id).private
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"--push_to_hub: the repository {name} can't be created ({first_line(error)}): log in with `hf auth "
+            f"--push_to_hub: there is no writing to the repository {name} ({hub_reason(error)}): log in with `hf auth "
             "login`, give --hub_token and --hub_model_id, or leave --push_to_hub out."
         ) from error
+    if public:
+        raise UserError(f"--hub_private_repo: {args.hub_model_id} exists and is public; name another --hub_model_id.")
 
 
 def push_to_hub(args):
-    """Upload the output folder without checkpoints and logs."""
-    ignored = ["checkpoint-*", "tmp-checkpoint-*", f"{args.logging_dir}/**"]
+    """Upload the output folder without checkpoints and logs; returns the address of the commit."""
+    ignored = ["checkpoint-*", "tmp-checkpoint-*", f"{os.path.normpath(args.logging_dir)}/**", LOG_FILE]
     try:
-        url = HfApi(token=args.hub_token).upload_folder(
+        return HfApi(token=args.hub_token).upload_folder(
             repo_id=args.hub_model_id,
             folder_path=args.output_dir,
-            ignore_patterns=ignored,
+            ignore_patterns=list(ignored),  # the client adds to it
             commit_message="End of training",
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        command = f"hf upload {args.hub_model_id} {args.output_dir} . " + " ".join(f"--exclude '{i}'" for i in ignored)
+    except Exception as error:  # whatever the network, the Hub and its storage make the client raise
+        words = ["hf", "upload", args.hub_model_id, args.output_dir, "."]
+        words += [word for pattern in ignored for word in ("--exclude", pattern)]
         raise UserError(
-            f"the upload failed ({first_line(error)}); the result is safe in {args.output_dir}: `{command}`"
+            f"the upload failed ({hub_reason(error)}); the result is safe in {args.output_dir}: log in with `hf auth "
+            f"login`, then `{shlex.join(words)}`."
         ) from error
-    return url
+
+
+def hub_reason(error):
+    """The Hub's own words, if it has answered."""
+    return first_line(getattr(error, "server_message", None) or error).rstrip(".")
 
 
 def write_model_card(args, pipeline_class, images):
     """A basic `README.md` in the output folder; `images` is the path of a grid of samples, or None."""
-    base, result = args.pretrained_model_name_or_path, args.hub_model_id
-    # The Hub refuses a card with a name that is not an id.
-    ids = {"base_model": None if is_folder_name(base) else base, "datasets": args.dataset_name}
-    tags = ["text-to-image", "diffusers", "diffusers-training", "latent-perceptual-loss"]
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        base_model_relation="adapter" if args.use_lora else "finetune",
-        tags=tags + ["lora"] * args.use_lora,
-        **{name: value for name, value in ids.items() if value and not is_folder_name(value)},
-    )
+    sources = {"base_model": args.pretrained_model_name_or_path, "datasets": args.dataset_name}
+    # The Hub refuses metadata with a name that is not an id.
+    ids = {key: name for key, name in sources.items() if name and not is_folder_name(name)}
+    if "base_model" in ids:
+        ids["base_model_relation"] = "adapter" if args.use_lora else "finetune"
+    tags = ["text-to-image", "diffusers", "diffusers-training", "latent-perceptual-loss", *["lora"] * args.use_lora]
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **ids)
+
     objective = "the diffusion loss alone"
     if args.lpl_weight != 0:
         objective = "the [Latent Perceptual Loss](https://arxiv.org/abs/2411.04873) besides the diffusion loss"
-    samples = ""
-    if images is not None:
-        path = images.relative_to(args.output_dir).as_posix()
-        samples = f"\n![samples]({path})\n\nPrompts, a row each: {'; '.join(args.validation_prompts)}.\n"
-    loading = [f'pipe = {pipeline_class}.from_pretrained("{base if args.use_lora else result}").to("cuda")']
-    loading += [f'pipe.load_lora_weights("{result}")'] * args.use_lora
-    code = "\n".join(["```python", f"from diffusers import {pipeline_class}", "", *loading, "```"])
     what = "LoRA weights for" if args.use_lora else "Finetuned from"
-    text = f"{what} `{base}`, trained on {args.dataset_name or 'a folder of images'} for {args.max_train_steps} steps "
-    text += f"at {args.resolution} pixels with {objective}."
-    content = f"---\n{data.to_yaml()}\n---\n\n# {result}\n\n{text}\n{samples}\n{code}\n"
-    Path(args.output_dir, "README.md").write_text(content)
+    vae, dataset = args.pretrained_vae_model_name_or_path, args.dataset_name
+    text = f"{what} `{public_name(sources['base_model'])}`" + (f" with the VAE `{public_name(vae)}`" if vae else "")
+    text += f", trained on {f'`{public_name(dataset)}`' if dataset else 'a folder of images'} for "
+    text += f"{args.max_train_steps} steps at {args.resolution} pixels with {objective}."
+    sections = [f"---\n{data.to_yaml()}\n---", f"# {args.hub_model_id}", text]
+    if images is not None:
+        sections += [f"![samples]({images.relative_to(args.output_dir).as_posix()})"]
+        sections += [f"Prompts, a row each: {'; '.join(args.validation_prompts)}."]
+    sections += [f"```python\n{code_of_card(args, pipeline_class)}\n```"]
+    Path(args.output_dir, "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def code_of_card(args, pipeline_class):
+    """Python that loads the result from the Hub, as it was trained, and draws the first validation prompt."""
+    base, result, classes = args.pretrained_model_name_or_path, args.hub_model_id, {pipeline_class}
+    imports, lines = [], [f'pipe = {pipeline_class}.from_pretrained("{result}").to("cuda")']
+    if args.use_lora:
+        base = f"path/to/{public_name(base)}" if is_folder_name(base) else base
+        given = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
+        given = "".join(f', {name}="{value}"' for name, value in given.items())
+        # Without a dtype the text encoders would come in the precision of their files, the UNet in float32.
+        imports = ["import torch"]
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{base}"{given}, dtype=torch.float32).to("cuda")']
+        lines += [f'pipe.load_lora_weights("{result}")']
+        scheduler = Path(args.output_dir, "scheduler", "scheduler_config.json")
+        if scheduler.exists():  # it is saved if training changed it
+            scheduler_class = json.loads(scheduler.read_text())["_class_name"]
+            classes.add(scheduler_class)
+            lines += [f'pipe.scheduler = {scheduler_class}.from_pretrained("{result}", subfolder="scheduler")']
+    if args.validation_prompts:
+        prompt, size = json.dumps(args.validation_prompts[0], ensure_ascii=False), args.resolution
+        lines += [f"image = pipe({prompt}, height={size}, width={size}).images[0]"]
+    return "\n".join([*imports, f"from diffusers import {', '.join(sorted(classes))}", "", *lines])
+
+
+def public_name(name):
+    """A Hub id as it is; of a folder of this machine only its own name."""
+    return Path(name).resolve().name if is_folder_name(name) else name
 
 
 def first_line(error):
