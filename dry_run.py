@@ -2,13 +2,14 @@
 
 import math
 from argparse import Namespace
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
 
 from counters import FlopCounter, LiveBytes, module_bytes
-from lpl_utils import sigma_gate
-from train_utils import optimizer_bytes
-
-
-GIB, TERA = 2**30, 1e12
+from lpl_utils import compare_gradients, sigma_gate
+from train_utils import DTYPES, optimizer_bytes
 
 
 def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step):
@@ -19,43 +20,54 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         tau: threshold of LPL on sigma / alpha.
         batch: a batch of the run; training_step: the script's, a function of args, family, model, lpl and batch.
 
-    Returns: dict of `trainable_parameters`, `parameters`; `weights`, `optimizer`, `ema` and, of a whole step with
-        every sample decoded, `peak` and (without LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an
-        optimizer step, and `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees.
+    Returns: dict of `trainable_parameters`, `parameters` (the UNet's); `weights`, `optimizer`, `ema`, `buckets` (what
+        several processes exchange gradients with) and, of a whole step with every sample decoded, `peak` and (without
+        LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an optimizer step of one process, and `flops_l2`
+        without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = module_bytes(torch.nn.ParameterList(trained))
     on_device = [model, *(module for part, there in family.placed.items() if there for module in family.modules(part))]
     count = {
         "trainable_parameters": sum(p.numel() for p in trained),
         "parameters": sum(p.numel() for p in family.unet.parameters()),
         "weights": module_bytes(*on_device),
         "optimizer": optimizer_bytes(args, trained),
-        "ema": sum(p.numel() * 4 for p in trained) if ema is not None and not args.offload_ema else 0,
+        "ema": gradients if ema is not None and not args.offload_ema else 0,
+        "buckets": gradients if accelerator.num_processes > 1 else 0,
     }
+    fixed = count["weights"] + count["optimizer"] + count["ema"] + count["buckets"]
+    # After the backward pass: AdamW, which fp16 keeps from being fused, and the average have intermediate results.
+    unfused = args.optimizer == "adamw" and not args.use_8bit_adam and args.mixed_precision == "fp16"
+    update = gradients * max(1 + unfused, args.offload_ema + args.foreach_ema)
+
     if args.cache_latents:
         batch = {**batch, "posteriors": family.encode_images(batch["pixel_values"]).detach()}
     if args.cache_text_embeddings:
         family.cache_prompts(batch["captions"], lambda captions, embed, _: [embed(caption) for caption in captions])
-    fixed = count["weights"] + count["optimizer"] + count["ema"]
-
+    # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
+    family.sample_timesteps = lambda generators: torch.zeros(len(generators), dtype=torch.long)
     whole = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
+    passes = min(2, args.gradient_accumulation_steps)  # the second has the first one's gradients
 
     def step(step_lpl):
-        """Peak bytes, FLOPs and samples decoded of one forward pass, its backward pass and the optimizer's step."""
-        decoded = 0
-        with LiveBytes() as memory, FlopCounter() as flops:
-            for _ in range(min(2, args.gradient_accumulation_steps)):  # the second has the first one's gradients
-                forward = training_step(every, family, model, step_lpl, batch, whole)
+        """Peak bytes of an optimizer step that is logged; FLOPs and samples decoded of one forward and backward."""
+        decoded, flops = 0, FlopCounter()
+        with gpu_norms(), LiveBytes() as memory:
+            for _ in range(passes):
+                with flops:
+                    forward = training_step(every, family, model, step_lpl, batch, whole)
                 loss = forward.diffusion_loss + forward.lpl_loss
-                decoded += len(forward.lpl_stats["chosen"]) if step_lpl is not None else 0
-                del forward
-                accelerator.backward(loss)
+                if step_lpl is not None:
+                    decoded += len(forward.lpl_stats["chosen"])
+                    compare_gradients(forward.model_pred, forward.diffusion_loss, forward.lpl_loss)
+                with flops:
+                    accelerator.backward(loss)
             accelerator.clip_grad_norm_(trained, args.max_grad_norm)
         for p in trained:
             p.grad = None
-        passes = min(2, args.gradient_accumulation_steps)
-        return fixed + memory.peak, flops.total / passes, decoded / passes
+        return fixed + max(memory.peak, update), flops.total / passes, decoded / passes
 
     count["peak_l2"], flops_l2, _ = step(None)
     count["peak"], count["flops_l2"] = count["peak_l2"], flops_l2 * args.gradient_accumulation_steps
@@ -64,14 +76,37 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         count["peak"], flops_lpl, decoded = step(lpl)
         gate = sigma_gate(family.alphas, family.sigmas, tau)
         share = min(1.0, (family.timestep_weights * gate).sum().item())
-        per_pass, per_step = args.train_batch_size, args.train_batch_size * args.gradient_accumulation_steps
-        count["lpl_samples"] = share
-        count["lpl_steps"] = 1 - (1 - share) ** (per_step * accelerator.num_processes)
-        expected = expected_decoded(per_pass, share, args.lpl_max_samples)
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        count["lpl_samples"], count["lpl_steps"] = share, 1 - (1 - share) ** per_step
+        expected = expected_decoded(args.train_batch_size, share, args.lpl_max_samples)
         per_sample = (flops_lpl - flops_l2) / decoded
         count["flops"] += expected * per_sample * args.gradient_accumulation_steps
-    report(args, count, model, family)
+    if accelerator.is_main_process:
+        report(args, count, family, lpl, tau, ema)
     return count
+
+
+@contextmanager
+def gpu_norms():
+    """Lets autocast compute norms in float32, as it does on a GPU; on the CPU it leaves them in bf16."""
+    norms = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
+
+    def in_float32(norm):
+        def compute(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                args = [arg.float() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                kwargs = {name: arg.float() if isinstance(arg, torch.Tensor) else arg for name, arg in kwargs.items()}
+            return norm(*args, **kwargs)
+
+        return compute
+
+    try:
+        for name, norm in norms.items():
+            setattr(F, name, in_float32(norm))
+        yield
+    finally:
+        for name, norm in norms.items():
+            setattr(F, name, norm)
 
 
 def expected_decoded(batch, share, max_samples):
@@ -82,35 +117,69 @@ def expected_decoded(batch, share, max_samples):
     return sum(p * min(k, max_samples) for k, p in enumerate(chance))
 
 
-def report(args, count, model, family):
-    hidden = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
-    print("\nSettings")
-    for name, value in sorted(vars(args).items()):
-        if name not in hidden and value is not None and value is not False:
-            print(f"  --{name} {value}")
-    trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
-    frozen = [f"{part} of the VAE" if part != "text_encoders" else "text encoders" for part in family.placed]
-    there = [name for name, on_device in zip(frozen, family.placed.values()) if on_device]
-    total, share = count["parameters"], count["trainable_parameters"] / count["parameters"]
+HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
+
+
+def report(args, count, family, lpl, tau, ema):
+    """Print what `dry_run` returns, and the settings: first those given, all of them as they were resolved."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    settings = {name: value for name, value in vars(args).items() if name not in HIDDEN}
+    settings |= {"prediction_type": family.prediction_type, "vae_dtype": names[family.vae.dtype]}
+    settings |= {"ema_decay": ema.decay} if ema is not None else {}
+    given = {flag.removeprefix("--no-").removeprefix("--") for flag in args.given_flags}
+    for title, chosen in ("Settings", given), ("Settings by default", settings.keys() - given):
+        print(f"\n{title}")
+        for name in sorted(chosen - set(HIDDEN)):
+            value = settings[name]
+            if value is not None and (value is not False or name in given):
+                print(f"  --{name} {' '.join(value) if isinstance(value, list) else value}")
+
+    trained = {str(p.dtype).removeprefix("torch.") for p in family.model.parameters() if p.requires_grad}
+    there = ["UNet", *(PARTS[part] for part, on_device in family.placed.items() if on_device)]
+    print(f"\n{family.pipeline_class.__name__}")
     print(
-        f"\n{type(family).__name__}: {count['trainable_parameters']:,} trainable parameters ({', '.join(trained)}), "
-        f"{share:.2%} of the UNet's {total:,}"
+        f"  Trained: {count['trainable_parameters']:,} parameters in {' and '.join(trained)}; "
+        f"the UNet has {count['parameters']:,}"
     )
-    print(f"On the device besides the UNet: {', '.join(there) or 'nothing'}")
-    if count["lpl_samples"]:
-        print(f"LPL sees {count['lpl_samples']:.1%} of the samples, in {count['lpl_steps']:.1%} of the steps")
-    print(f"\nCounted per process, batch {args.train_batch_size} at {args.resolution} pixels, without drawing images:")
-    activations = count["peak"] - count["weights"] - count["optimizer"] - count["ema"]
+    if lpl is not None:
+        start = f" from step {args.lpl_start_step} on" if args.lpl_start_step else ""
+        print(
+            f"  LPL sees {count['lpl_samples']:.1%} of the samples (sigma/alpha at most {tau:g}), in "
+            f"{count['lpl_steps']:.1%} of the steps{start}"
+        )
+
+    rest = count["peak"] - sum(count[name] for name in ("weights", "optimizer", "ema", "buckets"))
+    optimizer = "8-bit adamw" if args.use_8bit_adam else args.optimizer
     rows = [
-        ("weights", count["weights"] / GIB, "GiB"),
-        (f"state of {args.optimizer}", count["optimizer"] / GIB, "GiB"),
-        ("average weights", count["ema"] / GIB, "GiB"),
-        ("gradients, activations and the rest, at the peak", activations / GIB, "GiB"),
-        ("peak memory", count["peak"] / GIB, "GiB"),
-        ("  of which LPL adds", (count["peak"] - count["peak_l2"]) / GIB, "GiB"),
-        ("arithmetic per optimizer step, on average", count["flops"] / TERA, "TFLOP"),
-        ("  of which LPL's", (count["flops"] - count["flops_l2"]) / TERA, "TFLOP"),
+        ("weights", count["weights"], ", ".join(there)),
+        ("optimizer's state", count["optimizer"], optimizer),
+        ("average weights", count["ema"], "EMA"),
+        ("buckets", count["buckets"], "gradients on their way between processes"),
+        ("the rest at the peak", rest, "gradients, activations"),
+        ("peak", count["peak"], "if LPL sees every sample" if lpl is not None else ""),
+        ("  of it due to LPL", count["peak"] - count["peak_l2"], ""),
     ]
-    for name, value, unit in rows:
-        print(f"  {name:<50}{value:>10.3f} {unit}")
-    print("The allocator's rounding and the libraries' workspaces come on top. Nothing was trained or written.")
+    print(f"\nMemory of a step, on each device (batch {args.train_batch_size}, {args.resolution} pixels)")
+    for name, nbytes, note in rows:
+        if nbytes:
+            print(f"  {name:<24}{size(nbytes, 'B', 1024):>12}  {note}".rstrip())
+    print("  On top come the allocator's rounding, the libraries' workspaces and, while it draws, the sampler.")
+
+    work = f"{args.gradient_accumulation_steps} x {args.train_batch_size} samples per device"
+    print(f"\nArithmetic of an optimizer step, on average ({work})")
+    print(f"  {'total':<24}{size(count['flops'], 'FLOP', 1000):>12}")
+    if lpl is not None:
+        print(f"  {'  of it LPL':<24}{size(count['flops'] - count['flops_l2'], 'FLOP', 1000):>12}")
+    print("\nNothing was trained or written.")
+
+
+PARTS = {"encoder": "VAE encoder", "decoder": "VAE decoder", "text_encoders": "text encoders"}
+
+
+def size(number, unit, step):
+    """With the prefix that suits it: 1536 B -> 1.50 KiB."""
+    prefixes = ["", "Ki", "Mi", "Gi", "Ti"] if step == 1024 else ["", "k", "M", "G", "T", "P"]
+    power = 0
+    while number >= step and power + 1 < len(prefixes):
+        number, power = number / step, power + 1
+    return f"{number:.2f} {prefixes[power]}{unit}"

@@ -47,7 +47,7 @@ def training_command(output_dir: Path, lpl_flags: str, args: argparse.Namespace)
         --proportion_empty_prompts 0.1 --use_ema --seed {args.seed} {lpl_flags}
         --validation_prompts "a photo of a cat" "a photo of a flower" --num_validation_images 1
         --validation_guidance_scale {args.guidance_scale} --validation_steps {args.max_train_steps}
-        --output_dir {output_dir.as_posix()} --report_to tensorboard"""
+        --skip_final_inference --output_dir {output_dir.as_posix()} --report_to tensorboard"""
     return shlex.split(command)
 
 
