@@ -16,6 +16,7 @@ Latents are *scaled* (what the denoiser sees) unless a name says *unscaled* (wha
 import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -294,7 +295,7 @@ class LatentPerceptualLoss:
 
     def _probe_latents(self):
         shape = (2, 2, self.vae.config.latent_channels, 8, 8)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(self.vae.decoder.parameters()))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(chain(self.vae.decoder.parameters(), self.vae.parameters())))
 
     @torch.no_grad()
     def _probe(self):
