@@ -82,6 +82,7 @@ class FlopCounter(TorchDispatchMode):
     """Counts what `count_flops` says, of all that runs in this context, in `total`.
 
     torch's `FlopCounterMode` takes operations apart and hooks modules, which `LiveBytes` beside it would count.
+    Under `torch.inference_mode`, where `linear` arrives as one unknown operation, it counts too little: use `no_grad`.
     """
 
     def __init__(self):
@@ -100,22 +101,23 @@ class FlopCounter(TorchDispatchMode):
 def without_values(module):
     """Gives a module fake parameters and buffers: on the CPU by their word, of the same shapes, without memory.
 
-    What is computed from them is fake as well, also together with real tensors. The module can't be moved any more.
-    Returns the module.
+    What is computed from them is fake as well, also together with real tensors. What was shared (tied weights) still
+    is. The module can't be moved any more. Returns the module.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    known = WeakIdKeyDictionary()
 
     def fake(tensor):
-        with mode:
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor not in known:
+            with mode:
+                known[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if isinstance(tensor, torch.nn.Parameter):
+                known[tensor] = torch.nn.Parameter(known[tensor], requires_grad=tensor.requires_grad)
+        return known[tensor]
 
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = fake(buffer)
+        for tensors in (part._parameters, part._buffers):
+            tensors |= {name: fake(tensor) for name, tensor in tensors.items() if tensor is not None}
     return module
 
 

@@ -3,6 +3,8 @@
 import math
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -25,65 +27,82 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an optimizer step of one process, and `flops_l2`
         without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = module_bytes(torch.nn.ParameterList(trained))
-    on_device = [model, *(module for part, there in family.placed.items() if there for module in family.modules(part))]
-    count = {
-        "trainable_parameters": sum(p.numel() for p in trained),
-        "parameters": sum(p.numel() for p in family.unet.parameters()),
-        "weights": module_bytes(*on_device),
-        "optimizer": optimizer_bytes(args, trained),
-        "ema": gradients if ema is not None and not args.offload_ema else 0,
-        "buckets": gradients if accelerator.num_processes > 1 else 0,
-    }
-    fixed = count["weights"] + count["optimizer"] + count["ema"] + count["buckets"]
-    # After the backward pass: AdamW, which fp16 keeps from being fused, and the average have intermediate results.
-    unfused = args.optimizer == "adamw" and not args.use_8bit_adam and args.mixed_precision == "fp16"
-    update = gradients * max(1 + unfused, args.offload_ema + args.foreach_ema)
-
-    if args.cache_latents:
-        batch = {**batch, "posteriors": family.encode_images(batch["pixel_values"]).detach()}
-    if args.cache_text_embeddings:
-        family.cache_prompts(batch["captions"], lambda captions, embed, _: [embed(caption) for caption in captions])
+    batch = encode_ahead(args, family, batch)
+    count = count_what_stays(accelerator, args, family, model, ema)
+    fixed = sum(count[name] for name in STAYS)
     # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
     family.sample_timesteps = lambda generators: torch.zeros(len(generators), dtype=torch.long)
-    whole = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
-    passes = min(2, args.gradient_accumulation_steps)  # the second has the first one's gradients
+    step = partial(count_step, accelerator, every, family, model, batch, training_step)
 
-    def step(step_lpl):
-        """Peak bytes of an optimizer step that is logged; FLOPs and samples decoded of one forward and backward."""
-        decoded, flops = 0, FlopCounter()
-        with gpu_norms(), LiveBytes() as memory:
-            for _ in range(passes):
-                with flops:
-                    forward = training_step(every, family, model, step_lpl, batch, whole)
-                loss = forward.diffusion_loss + forward.lpl_loss
-                if step_lpl is not None:
-                    decoded += len(forward.lpl_stats["chosen"])
-                    compare_gradients(forward.model_pred, forward.diffusion_loss, forward.lpl_loss)
-                with flops:
-                    accelerator.backward(loss)
-            accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-        for p in trained:
-            p.grad = None
-        return fixed + max(memory.peak, update), flops.total / passes, decoded / passes
-
-    count["peak_l2"], flops_l2, _ = step(None)
-    count["peak"], count["flops_l2"] = count["peak_l2"], flops_l2 * args.gradient_accumulation_steps
-    count["flops"], count["lpl_samples"], count["lpl_steps"] = count["flops_l2"], 0.0, 0.0
+    passes = args.gradient_accumulation_steps
+    peak, flops_l2, _ = step(None)
+    count |= {"peak": fixed + peak, "peak_l2": fixed + peak, "flops": passes * flops_l2, "flops_l2": passes * flops_l2}
+    count |= {"lpl_samples": 0.0, "lpl_steps": 0.0}
     if lpl is not None:
-        count["peak"], flops_lpl, decoded = step(lpl)
+        peak, flops, decoded = step(lpl)
         gate = sigma_gate(family.alphas, family.sigmas, tau)
         share = min(1.0, (family.timestep_weights * gate).sum().item())
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        count["lpl_samples"], count["lpl_steps"] = share, 1 - (1 - share) ** per_step
+        samples = args.train_batch_size * passes * accelerator.num_processes
+        count |= {"peak": fixed + peak, "lpl_samples": share, "lpl_steps": 1 - (1 - share) ** samples}
         expected = expected_decoded(args.train_batch_size, share, args.lpl_max_samples)
-        per_sample = (flops_lpl - flops_l2) / decoded
-        count["flops"] += expected * per_sample * args.gradient_accumulation_steps
+        count["flops"] += passes * expected * (flops - flops_l2) / decoded
     if accelerator.is_main_process:
-        report(args, count, family, lpl, tau, ema)
+        report_settings(args, family, ema)
+        report(args, count, family, lpl, tau)
     return count
+
+
+def encode_ahead(args, family, batch):
+    """The batch as the caches of the flags would have it; the encoders leave the device."""
+    if args.cache_latents:
+        batch = {**batch, "posteriors": family.encode_images(batch["pixel_values"]).detach()}
+        family.place(encoder=False)
+    if args.cache_text_embeddings:
+        family.cache_prompts(batch["captions"], lambda captions, embed, _: [embed(caption) for caption in captions])
+    return batch
+
+
+STAYS = ("weights", "optimizer", "ema", "buckets")
+
+
+def count_what_stays(accelerator, args, family, model, ema):
+    """Numbers of parameters, and what a device holds all the time, in bytes."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    placed = (family.modules(part) for part, on_device in family.placed.items() if on_device)
+    return {
+        "trainable_parameters": sum(p.numel() for p in trained),
+        "parameters": sum(p.numel() for p in family.unet.parameters()),
+        "weights": module_bytes(model, *chain(*placed)),
+        "optimizer": optimizer_bytes(args, trained),
+        "ema": sum(4 * p.numel() for p in trained) if ema is not None and not args.offload_ema else 0,
+        "buckets": sum(4 * p.numel() for p in trained) if accelerator.num_processes > 1 else 0,
+    }
+
+
+def count_step(accelerator, args, family, model, batch, training_step, lpl):
+    """Peak bytes of an optimizer step that is logged; FLOPs and samples decoded of a forward and backward pass."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    max_samples = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
+    passes = min(2, args.gradient_accumulation_steps)  # the second has the first one's gradients
+    decoded, flops = 0, FlopCounter()
+    with gpu_norms(), LiveBytes() as memory:
+        for _ in range(passes):
+            with flops:
+                forward = training_step(args, family, model, lpl, batch, max_samples)
+            loss = forward.diffusion_loss + forward.lpl_loss
+            if lpl is not None:
+                decoded += len(forward.lpl_stats["chosen"])
+                compare_gradients(forward.model_pred, forward.diffusion_loss, forward.lpl_loss)
+            with flops:
+                accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+    for p in trained:
+        p.grad = None
+    # After the backward pass: AdamW, which fp16 keeps from being fused, and the average have intermediate results.
+    unfused = args.optimizer == "adamw" and not args.use_8bit_adam and args.mixed_precision == "fp16"
+    update = max(1 + unfused, args.offload_ema + args.foreach_ema) * sum(4 * p.numel() for p in trained)
+    return max(memory.peak, update), flops.total / passes, decoded / passes
 
 
 @contextmanager
@@ -120,22 +139,26 @@ def expected_decoded(batch, share, max_samples):
 HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
 
 
-def report(args, count, family, lpl, tau, ema):
-    """Print what `dry_run` returns, and the settings: first those given, all of them as they were resolved."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+def report_settings(args, family, ema):
+    """All settings as they were resolved, first those given."""
+    precisions = {dtype: name for name, dtype in DTYPES.items()}
     settings = {name: value for name, value in vars(args).items() if name not in HIDDEN}
-    settings |= {"prediction_type": family.prediction_type, "vae_dtype": names[family.vae.dtype]}
+    settings |= {"prediction_type": family.prediction_type, "vae_dtype": precisions[family.vae.dtype]}
     settings |= {"ema_decay": ema.decay} if ema is not None else {}
     given = {flag.removeprefix("--no-").removeprefix("--") for flag in args.given_flags}
-    for title, chosen in ("Settings", given), ("Settings by default", settings.keys() - given):
+    if "seed" not in given:
+        del settings["seed"]  # every run draws its own
+    for title, names in (("Settings", settings.keys() & given), ("Settings by default", settings.keys() - given)):
         print(f"\n{title}")
-        for name in sorted(chosen - set(HIDDEN)):
+        for name in sorted(names):
             value = settings[name]
             if value is not None and (value is not False or name in given):
                 print(f"  --{name} {' '.join(value) if isinstance(value, list) else value}")
 
+
+def report(args, count, family, lpl, tau):
+    """What `dry_run` returns."""
     trained = {str(p.dtype).removeprefix("torch.") for p in family.model.parameters() if p.requires_grad}
-    there = ["UNet", *(PARTS[part] for part, on_device in family.placed.items() if on_device)]
     print(f"\n{family.pipeline_class.__name__}")
     print(
         f"  Trained: {count['trainable_parameters']:,} parameters in {' and '.join(trained)}; "
@@ -148,20 +171,19 @@ def report(args, count, family, lpl, tau, ema):
             f"{count['lpl_steps']:.1%} of the steps{start}"
         )
 
-    rest = count["peak"] - sum(count[name] for name in ("weights", "optimizer", "ema", "buckets"))
-    optimizer = "8-bit adamw" if args.use_8bit_adam else args.optimizer
+    placed = ["UNet", *(PARTS[part] for part, on_device in family.placed.items() if on_device)]
     rows = [
-        ("weights", count["weights"], ", ".join(there)),
-        ("optimizer's state", count["optimizer"], optimizer),
+        ("weights", count["weights"], ", ".join(placed)),
+        ("optimizer's state", count["optimizer"], "8-bit adamw" if args.use_8bit_adam else args.optimizer),
         ("average weights", count["ema"], "EMA"),
         ("buckets", count["buckets"], "gradients on their way between processes"),
-        ("the rest at the peak", rest, "gradients, activations"),
+        ("the rest at the peak", count["peak"] - sum(count[name] for name in STAYS), "gradients, activations"),
         ("peak", count["peak"], "if LPL sees every sample" if lpl is not None else ""),
         ("  of it due to LPL", count["peak"] - count["peak_l2"], ""),
     ]
     print(f"\nMemory of a step, on each device (batch {args.train_batch_size}, {args.resolution} pixels)")
     for name, nbytes, note in rows:
-        if nbytes:
+        if nbytes or name.startswith(" ") and lpl is not None:
             print(f"  {name:<24}{size(nbytes, 'B', 1024):>12}  {note}".rstrip())
     print("  On top come the allocator's rounding, the libraries' workspaces and, while it draws, the sampler.")
 
@@ -169,7 +191,7 @@ def report(args, count, family, lpl, tau, ema):
     print(f"\nArithmetic of an optimizer step, on average ({work})")
     print(f"  {'total':<24}{size(count['flops'], 'FLOP', 1000):>12}")
     if lpl is not None:
-        print(f"  {'  of it LPL':<24}{size(count['flops'] - count['flops_l2'], 'FLOP', 1000):>12}")
+        print(f"  {'  of it due to LPL':<24}{size(count['flops'] - count['flops_l2'], 'FLOP', 1000):>12}")
     print("\nNothing was trained or written.")
 
 

@@ -39,7 +39,10 @@ def make_accelerator(args):
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
     )
     if args.dry_run:  # counted on the CPU, where bf16 has the bytes of fp16
+        args.seed = args.seed or 0  # any will do
         precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision == "fp16" and args.vae_dtype == "auto":
+            args.vae_dtype = "fp32"
         return Accelerator(cpu=True, mixed_precision="no" if precision == "no" else "bf16", dynamo_backend="no")
     try:
         accelerator = Accelerator(
