@@ -295,7 +295,8 @@ class LatentPerceptualLoss:
 
     def _probe_latents(self):
         shape = (2, 2, self.vae.config.latent_channels, 8, 8)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(chain(self.vae.decoder.parameters(), self.vae.parameters())))
+        here = next(chain(self.vae.decoder.parameters(), self.vae.parameters()))  # the encoder may be elsewhere
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(here)
 
     @torch.no_grad()
     def _probe(self):
