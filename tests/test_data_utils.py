@@ -17,6 +17,7 @@ import data_utils
 from arguments import UserError
 from data_utils import (
     TrainingStream,
+    all_captions,
     build_dataloader,
     check_images,
     limit_samples,
@@ -479,6 +480,16 @@ def test_local_datasets_give_images_with_their_captions(dataset, tmp_path, layou
     for num_workers in (0, 2):
         for batch in take(build_dataloader(stream, 4, num_workers=num_workers), 3):
             assert batch["captions"] == [f"photo {number}" for number in ids(batch)]
+
+
+def test_all_captions_are_those_of_the_samples_used(dataset, folder, tmp_path):
+    dataset.save_to_disk(tmp_path / "data")
+    samples = read_hub_dataset(str(tmp_path / "data"), caption_column="all_captions")
+    three = limit_samples(samples, 3, seed=0)
+    wanted = {caption for index in range(3) for caption in three[index][1]}
+    assert all_captions(TrainingStream(three, seed=0, resolution=8)) == wanted and len(wanted) > 1
+    stream = TrainingStream(read_image_folder(str(folder)), 0, 8, proportion_empty_prompts=0.1)
+    assert all_captions(stream) == {"", *(caption for _, caption in stream.samples)}
 
 
 def test_dataset_columns_are_found_chosen_or_listed(dataset, tmp_path):

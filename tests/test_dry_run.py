@@ -110,15 +110,19 @@ def count_real_run(run, monkeypatch):
 # Against real runs
 
 RUNS = {
-    "SD, average, batch 3": ("SD", ("--use_ema", "--train_batch_size", 3), EVERYWHERE),
+    "SD, average, batch 3, whole graph": (
+        "SD",
+        ("--use_ema", "--train_batch_size", 3, "--lpl_chunk_size", 0),
+        EVERYWHERE,
+    ),
     "SD LoRA, bf16, checkpointing": (
         "SD",
         ("--use_lora", "--rank", 16, "--mixed_precision", "bf16", "--gradient_checkpointing"),
         EVERYWHERE,
     ),
-    "SD, one sample decoded, whole graph, 8 bits": (
+    "SD, one sample decoded, 8 bits": (
         "SD",
-        ("--lpl_max_samples", 1, "--lpl_chunk_size", 0, "--use_8bit_adam", "--mixed_precision", "bf16"),
+        ("--lpl_max_samples", 1, "--use_8bit_adam", "--mixed_precision", "bf16"),
         EVERYWHERE,
     ),
     "SD without LPL, Prodigy": ("SD", ("--lpl_weight", 0, "--optimizer", "prodigy"), ("encoder", "text_encoders")),

@@ -123,8 +123,9 @@ def test_layers_that_are_not_there_are_refused(train):
         train("--use_lora", "--lora_layers", "to_z")
 
 
-def test_half_precision_bases_train_float32_adapters(train, model):
-    output = train(*LORA, "--mixed_precision", "bf16", *WIDE_GATE, *DRAW, model=model, steps=2)
+@pytest.mark.parametrize("kind", [LORA, TEXT], ids=["UNet", "with text"])
+def test_half_precision_bases_train_float32_adapters(train, model, kind):
+    output = train(*kind, "--mixed_precision", "bf16", *WIDE_GATE, *DRAW, model=model, steps=2)
     assert {value.dtype for value in weights(output).values()} == {torch.float32}
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(output)
