@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,6 +51,27 @@ def train(tiny_sd, photos, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         train_lpl_sd.main(train_lpl_sd.parse_args([str(word) for word in (*flags, *words)]))
+        return output
+
+    return run
+
+
+@pytest.fixture
+def train_on_two_processes(photos, tmp_path):
+    """Launches train_lpl_sd.py twice side by side, with `train`'s flags, and returns the output folder."""
+    import train_lpl_sd
+
+    def run(*words, model, steps):
+        output = tmp_path / "two"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+        command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+        command += [train_lpl_sd.__file__, "--pretrained_model_name_or_path", model, "--train_data_dir", photos]
+        command += ["--output_dir", output, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
+        command += ["--max_train_steps", steps, "--logging_steps", 1, "--seed", 0, *words]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert "2 samples x 2 processes" in result.stderr
         return output
 
     return run

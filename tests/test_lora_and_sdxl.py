@@ -1,11 +1,7 @@
 """train_lpl_sd.py with LoRA, SDXL, caches and compiled models, as its users run it, on tiny models."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_vae, photo_id
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel
 
 import train_lpl_sd
 from arguments import UserError
@@ -24,7 +20,6 @@ from lpl_utils import LatentPerceptualLoss
 from model_families import StableDiffusion
 
 
-ROOT = Path(train_lpl_sd.__file__).parent
 WIDE_GATE = ("--lpl_sigma_threshold", 80)
 LORA = ("--use_lora", "--rank", 2, "--lora_alpha", 8, "--learning_rate", 0.05)
 TEXT = (*LORA, "--train_text_encoder", "--lora_layers", "to_q, to_v, ff.net.2, proj_in, conv1, time_emb_proj")
@@ -153,19 +148,10 @@ def test_a_checkpoint_of_another_rank_is_refused(train):
         train("--use_lora", "--rank", 3, "--lpl_weight", 0, "--resume_from_checkpoint", "latest")
 
 
-def test_two_processes_train_adapters_of_both_text_encoders_as_one_does(train, tiny_sdxl, photos, tmp_path):
+def test_two_processes_train_adapters_of_both_text_encoders_as_one_does(train, train_on_two_processes, tiny_sdxl):
     flags = (*TEXT, *WIDE_GATE, "--lpl_weight", 0.1, "--learning_rate", 1e-3, *CACHES[:2])
     one = train(*flags, "--train_batch_size", 4, model=tiny_sdxl, steps=2, name="one")
-    two = tmp_path / "two"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
-    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    command += [ROOT / "train_lpl_sd.py", "--pretrained_model_name_or_path", tiny_sdxl, "--train_data_dir", photos]
-    command += ["--output_dir", two, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
-    command += ["--max_train_steps", 2, "--logging_steps", 1, "--seed", 0, *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "2 samples x 2 processes" in result.stderr
+    two = train_on_two_processes(*flags, model=tiny_sdxl, steps=2)
     for row, expected in zip(read_log(two), read_log(one), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
@@ -258,21 +244,17 @@ def test_captions_crops_and_cached_latents_belong_together(tiny_sdxl, tmp_path):
 
 
 def test_encoders_leave_the_device_once_all_is_cached(train, tiny_sdxl, monkeypatch):
-    moved = []
-    move = torch.nn.Module.to
-
-    def spy(module, *args, **kwargs):
-        if isinstance(module, (CLIPTextModel, CLIPTextModelWithProjection)) or "coder" in type(module).__name__:
-            moved.append((type(module).__name__, str(args[0])))
-        return move(module, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Module, "to", spy)
-    monkeypatch.setattr(train_lpl_sd, "finish", lambda *_: None)
-    monkeypatch.setattr(train_lpl_sd, "make_lpl", lambda *_: moved.append("training") or pytest.skip.Exception)
-    with pytest.raises(Exception):
-        train(*CACHES, model=tiny_sdxl, steps=1)
-    placed = dict(moved[: moved.index("training")])
-    assert placed["Encoder"] == placed["CLIPTextModel"] == placed["CLIPTextModelWithProjection"] == "cpu"
+    families = []
+    monkeypatch.setattr(train_lpl_sd, "finish", lambda *a: families.append(a[2]))
+    train(*CACHES, model=tiny_sdxl, steps=1)
+    (family,) = families
+    assert family.placed == {"encoder": False, "decoder": True, "text_encoders": False}
+    family.device = torch.device("meta")  # another device than the CPU
+    family.place(**family.placed)
+    modules = {"encoder": family.vae.encoder, "decoder": family.vae.decoder, **family.text_encoders}
+    devices = {name: {p.device.type for p in module.parameters()} for name, module in modules.items()}
+    off = dict.fromkeys(("encoder", "text_encoder", "text_encoder_2"), {"cpu"})
+    assert devices == {"decoder": {"meta"}, **off}
 
 
 def test_an_image_that_cannot_be_read_is_skipped_in_the_cache_as_well(train, photos, tmp_path):

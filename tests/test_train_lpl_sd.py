@@ -1,10 +1,7 @@
 """train_lpl_sd.py as its users run it, on tiny models."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -387,19 +384,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(train, tmp_path
 # Several processes
 
 
-def test_two_processes_make_the_step_of_one_with_the_same_global_batch(train, tiny_sd, photos, tmp_path):
+def test_two_processes_make_the_step_of_one_with_the_same_global_batch(train, train_on_two_processes, tiny_sd):
     flags = ("--lr_scheduler", "constant", *WIDE_GATE, "--lpl_target_share", 0.4, "--checkpointing_steps", 3)
     one = train(*flags, "--train_batch_size", 4, steps=3, name="one")
-    two = tmp_path / "two"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
-    command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    command += [ROOT / "train_lpl_sd.py", "--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", photos]
-    command += ["--output_dir", two, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
-    command += ["--max_train_steps", 3, "--logging_steps", 1, "--seed", 0, *flags]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "2 samples x 2 processes" in result.stderr
+    two = train_on_two_processes(*flags, model=tiny_sd, steps=3)
     for row, expected in zip(read_log(two), read_log(one), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert row["lpl"] == pytest.approx(expected["lpl"], rel=1e-3)
