@@ -9,10 +9,10 @@ demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about five minutes
 	$(BIN)/python demo/run_demo.py
 
 test: .venv/test  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test_all: .venv/test  ## the slow ones as well
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m ""
 
 style: .venv/test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -475,6 +475,10 @@ def check_model_folders(args):
             )
         if not vae_name:
             vae_config = read_json(Path(name) / "vae" / "config.json", flag)
+        for part in (part for part, entry in index.items() if isinstance(entry, list) and entry[0] == "transformers"):
+            needed = {"tokenizer": "tokenizer_config.json", "text_encoder": "config.json"}.get(part.removesuffix("_2"))
+            if needed is not None:
+                read_json(Path(name) / part / needed, flag)
         unet_config = read_json(Path(name) / "unet" / "config.json", flag)
         scheduler_config = read_json(Path(name) / "scheduler" / "scheduler_config.json", flag)
         if vae_config:

@@ -78,7 +78,7 @@ class StableDiffusion:
             self.model = UNetWithTextEncoders(self.unet, self.text_encoders.values(), self._encode, self.unet_inputs)
         if args.gradient_checkpointing:
             self._checkpoint_activations()
-        if args.enable_xformers_memory_efficient_attention:
+        if args.enable_xformers_memory_efficient_attention and not args.dry_run:
             self._use_xformers()
         self._embeddings = None  # caption -> embeddings, if they are cached
         self.placed = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -38,12 +38,16 @@ def make_accelerator(args):
     project = ProjectConfiguration(
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
     )
-    if args.dry_run:  # counted on the CPU, where bf16 has the bytes of fp16
+    if args.dry_run:  # counted on the CPU, where bf16 has the bytes of fp16, by each process for itself
         args.seed = args.seed or 0  # any will do
-        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if precision == "fp16" and args.vae_dtype == "auto":
+        args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if args.mixed_precision == "fp16" and args.vae_dtype == "auto":
             args.vae_dtype = "fp32"
-        return Accelerator(cpu=True, mixed_precision="no" if precision == "no" else "bf16", dynamo_backend="no")
+        precision = "no" if args.mixed_precision == "no" else "bf16"
+        accelerator = Accelerator(cpu=True, mixed_precision=precision, dynamo_backend="no")
+        # DDP can't wrap a model without values, whose device is "cpu" and not "cpu:0".
+        accelerator.state.distributed_type, accelerator.state.device = DistributedType.NO, torch.device("cpu")
+        return accelerator
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -242,6 +242,13 @@ def test_missing_and_wrong_models(refuse, tiny_sd, tmp_path):
     assert "is a FluxPipeline; this script finetunes StableDiffusionPipeline" in refuse(model=other)
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "unet", "vae", "scheduler"])
+def test_incomplete_models(refuse, tiny_sd, tmp_path, part):
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    shutil.rmtree(model / part)
+    assert f"there is no {model / part}" in refuse(model=model)
+
+
 def test_vae_that_does_not_fit(refuse, tiny_sd, tmp_path):
     build_tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
     message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae")

@@ -288,9 +288,11 @@ def test_fp16_costs_what_bf16_does_if_the_vae_does(run):
     assert fp16["weights"] > bf16["weights"]
 
 
-def test_it_needs_no_seed(run):
+def test_it_needs_no_seed(run, capsys):
     flags = ("--lpl_weight", 0, "--dry_run")
-    assert run(*flags, seed=()) == run(*flags)
+    without = run(*flags, seed=())
+    assert "--seed" not in capsys.readouterr().out, "every run draws its own"
+    assert without == run(*flags)
 
 
 def test_processes_change_only_the_share_of_steps_and_add_buckets(run, monkeypatch):
