@@ -53,7 +53,7 @@ class StableDiffusion:
     settings = {"requires_safety_checker": False}
 
     def __init__(self, args, device, weight_dtype, vae_dtype):
-        self.args, self.device, self.weight_dtype, self.vae_dtype = args, device, weight_dtype, vae_dtype
+        self.args, self.device, self.weight_dtype = args, device, weight_dtype
         dtypes = {"default": torch.float32, "unet": weight_dtype if args.use_lora else torch.float32}
         dtypes |= {"vae": vae_dtype, **dict.fromkeys(self.text_encoder_names, weight_dtype)}
         self.pipe = self._load_pipeline(**self._load_vae(vae_dtype), **self.unused, **self.settings, dtype=dtypes)
@@ -244,13 +244,12 @@ class StableDiffusion:
         """The result as its user will load it: a stock pipeline on the device. What was trained leaves the device."""
         self.place(encoder=False, decoder=False, text_encoders=False)
         self.model.to("cpu")
-        dtypes = {"default": self.weight_dtype, "vae": self.vae_dtype}
+        settings = {**self.unused, **self.settings, "dtype": self.weight_dtype}  # its sampler can't mix precisions
         if self.args.use_lora:
-            frozen = {"scheduler": self.pipe.scheduler, **self._load_vae(self.vae_dtype)}
-            pipe = self._load_pipeline(**frozen, **self.unused, **self.settings, dtype=dtypes)
+            pipe = self._load_pipeline(scheduler=self.pipe.scheduler, **self._load_vae(self.weight_dtype), **settings)
             pipe.load_lora_weights(folder)
         else:
-            pipe = load(self.pipeline_class, folder, "--output_dir", **self.unused, **self.settings, dtype=dtypes)
+            pipe = load(self.pipeline_class, folder, "--output_dir", **settings)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device)
 

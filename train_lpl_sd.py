@@ -177,12 +177,15 @@ def draw(accelerator, args, family, trained, ema, step):
     accelerator.wait_for_everyone()
 
 
-def finish(accelerator, args, family, trained, ema):
+def finish(accelerator, args, family, trained, ema, optimizer):
     """The result, with the average weights if there are any; then what its user does: load it, draw, share it."""
     images = None
     if accelerator.is_main_process:
         with ema_weights(ema, trained):
             family.save_result(args.output_dir)
+        optimizer.state.clear()  # its memory is free for what is drawn
+        if ema is not None:
+            ema.to("cpu")
         loader = "load_lora_weights" if args.use_lora else "from_pretrained"
         logger.info(f"Saved to {args.output_dir}; load it with {family.pipeline_class.__name__}.{loader}.")
         if args.validation_prompts and not args.skip_final_inference:
@@ -310,7 +313,7 @@ def main(args):
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, trained, ema, global_step)
 
-    finish(accelerator, args, family, trained, ema)
+    finish(accelerator, args, family, trained, ema, optimizer)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,15 @@ def test_half_precision_bases_train_float32_adapters(train, model, kind):
     assert np.abs(draw(pipe) - pixels(Image.open(output / "samples" / "step-000002.png"))).mean() < 8
 
 
+@pytest.mark.parametrize("precisions", [("bf16", "fp32"), ("no", "bf16")])
+@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "LoRA"])
+def test_the_vae_may_have_a_precision_of_its_own(train, model, kind, precisions):
+    precision, vae = precisions
+    output = train(*kind, "--mixed_precision", precision, "--vae_dtype", vae, *WIDE_GATE, *DRAW, model=model, steps=2)
+    drawn, final = (pixels(Image.open(output / "samples" / f"{name}.png")) for name in ("step-000002", "final"))
+    assert np.abs(drawn - final).mean() < 8
+
+
 @pytest.mark.parametrize("extra", [("--train_text_encoder", "--gradient_checkpointing"), ("--use_dora",)])
 def test_a_resumed_lora_run_is_bitwise_the_uninterrupted_one(train, model, extra):
     flags = (*LORA, *extra, "--lora_dropout", 0.3, "--use_ema", "--ema_decay", 0.9, "--random_flip", *WIDE_GATE)

@@ -90,9 +90,9 @@ def test_it_trains(train, tiny_sd, name, kind):
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])  # which test_train_lpl_sd.py has
 @pytest.mark.parametrize("kind", [(), ("--use_lora",)], ids=["full", "LoRA"])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(train, wide_sd, monkeypatch, name, kind):
-    made = []
-    keep = lambda *args: made.append(make_optimizer(*args)) or made[-1]  # noqa: E731
-    monkeypatch.setattr(train_lpl_sd, "make_optimizer", keep)
+    made, finish = [], train_lpl_sd.finish
+    keep = lambda *args: made.append(states(args[-1])) or finish(*args)  # noqa: E731
+    monkeypatch.setattr(train_lpl_sd, "finish", keep)  # which clears the state
     flags = ("--lpl_weight", 0, "--checkpointing_steps", 3, *OPTIMIZERS[name], *kind)
     whole = train(*flags, model=wide_sd, steps=6, name="whole")
     resumed = whole.with_name("resumed")
@@ -100,14 +100,15 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(train, wide_sd, monkeypatc
     train(*flags, "--resume_from_checkpoint", "latest", model=wide_sd, steps=6, name="resumed")
 
     if name == "8-bit adamw" and not kind:
-        assert all(any(t.dtype == torch.uint8 for _, t in states(optimizer)) for optimizer in made)
+        assert all(any(t.dtype == torch.uint8 for _, t in kept) for kept in made)
     file = "pytorch_lora_weights.safetensors" if kind else "unet/diffusion_pytorch_model.safetensors"
     first, second = load_file(whole / file), load_file(resumed / file)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert [row["loss"] for row in read_log(resumed)] == [row["loss"] for row in read_log(whole)[3:]]
     # The states as well, which the last step has used.
-    for (key, one), (other_key, other) in zip(*map(states, made), strict=True):
+    assert made[0]
+    for (key, one), (other_key, other) in zip(*made, strict=True):
         assert key == other_key and torch.equal(one, other)
 
 
