@@ -262,9 +262,7 @@ def start_run(accelerator, args, first_step):
     log = Path(args.output_dir, LOG_FILE)
     if accelerator.is_main_process:
         log.parent.mkdir(parents=True, exist_ok=True)
-        if (
-            log.exists()
-        ):  # keep what comes before the step at which this run starts; a killed one may have gone further
+        if log.exists():  # keep the steps before this run's first; a run that was killed may have gone further
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
