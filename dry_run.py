@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from counters import FlopCounter, LiveBytes, module_bytes
-from lpl_utils import compare_gradients, sigma_gate
+from lpl_utils import compare_gradients
+from objectives import lpl_share
 from train_utils import DTYPES, optimizer_bytes
 
 
@@ -41,8 +42,7 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
     count |= {"lpl_samples": 0.0, "lpl_steps": 0.0}
     if lpl is not None:
         peak, flops, decoded = step(lpl)
-        gate = sigma_gate(family.alphas, family.sigmas, tau)
-        share = min(1.0, (family.timestep_weights * gate).sum().item())
+        share = lpl_share(family, tau)
         samples = args.train_batch_size * passes * accelerator.num_processes
         count |= {"peak": fixed + peak, "lpl_samples": share, "lpl_steps": 1 - (1 - share) ** samples}
         expected = expected_decoded(args.train_batch_size, share, args.lpl_max_samples)

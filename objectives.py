@@ -3,7 +3,7 @@
 import torch
 
 from arguments import UserError
-from lpl_utils import LatentPerceptualLoss
+from lpl_utils import LatentPerceptualLoss, sigma_gate
 
 
 def make_lpl(args, vae, unscale=None):
@@ -38,6 +38,12 @@ def resume_lpl(args, lpl, state):
         raise UserError(f"--lpl_num_blocks {args.lpl_num_blocks} differs from the run to resume: {error}") from error
     if args.lpl_weight != "auto":
         lpl.weight = args.lpl_weight
+
+
+def lpl_share(family, tau):
+    """Share of the samples that LPL sees: those with sigma / alpha at most tau, as often as they are drawn."""
+    weights = family.timestep_weights.double()
+    return (weights[sigma_gate(family.alphas, family.sigmas, tau)].sum() / weights.sum()).item()
 
 
 def min_snr_weight(alpha, sigma, gamma, prediction_type):

@@ -50,9 +50,9 @@ import torch
 
 from data_utils import all_captions, build_dataloader, cache_latents, make_stream
 from dry_run import dry_run
-from lpl_utils import calibrate, compare_gradients, lpl_term, sigma_gate, summarize
+from lpl_utils import calibrate, compare_gradients, lpl_term, summarize
 from model_families import add_noise, find_family, sample_noise, training_target
-from objectives import make_lpl, min_snr_weight, resume_lpl
+from objectives import lpl_share, make_lpl, min_snr_weight, resume_lpl
 from train_utils import (
     DTYPES,
     Log,
@@ -243,9 +243,8 @@ def main(args):
     lpl = None
     if use_lpl:
         lpl = make_lpl(args, family.vae)
-        passing = sigma_gate(family.alphas, family.sigmas, lpl_threshold(args))
-        passing = (family.timestep_weights * passing).sum().item()
-        logger.info(f"LPL applies to {passing:.1%} of the samples (sigma/alpha at most {lpl_threshold(args):g}).")
+        tau = lpl_threshold(args)
+        logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
 
     # Optimizer, schedule, average weights.
     trained = [p for p in family.model.parameters() if p.requires_grad]

@@ -289,6 +289,13 @@ def test_a_vae_that_overflows_is_noticed(train, tmp_path, cached):
     assert "--vae_dtype" in str(error.value)
 
 
+def test_xformers_that_cannot_work_is_one_sentence(train, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # installed, as far as the flags know
+    with pytest.raises(UserError, match="--enable_xformers_memory_efficient_attention: .*; leave it out") as error:
+        train("--enable_xformers_memory_efficient_attention", "--lpl_weight", 0)
+    assert "\n" not in str(error.value)
+
+
 # Compiled models
 
 
