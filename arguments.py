@@ -68,23 +68,41 @@ def boolean(text):
 
 # One flag a line reads best.
 # fmt: off
-def add_model_arguments(parser):
+def add_model_arguments(parser, transformers=False):
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the pipeline to finetune")
+    add("--pretrained_model_name_or_path", required=not transformers, help="Hub id or folder of the pipeline to "
+        "finetune")
+    if transformers:
+        add("--transformer_config", metavar="FILE", help="train a new transformer of this config.json, such as one of "
+            "transformer_configs/: in the pipeline above, whose other parts stay, or on class labels with "
+            "--pretrained_vae_model_name_or_path alone")
+        add("--bnb_quantization_config_path", metavar="FILE", help="with --use_lora: json file for bitsandbytes, such "
+            'as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}, which quantises the transformer; needs a GPU')
     add("--revision", help="revision of the Hub model")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of another VAE: AutoencoderKL or "
-        "AsymmetricAutoencoderKL with the same latents, for instance the paper's asymmetric one")
+    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of another VAE with the same latents, for "
+        "instance the paper's asymmetric one")
     add("--vae_dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="precision of the VAE and so of "
         "LPL's decoder; auto: bf16 with --mixed_precision bf16, else fp32")
     add("--cache_dir", help="where downloads are kept")
+    if transformers:
+        add("--max_sequence_length", type=int, help="tokens of T5's or Gemma's captions; by default as many as the "
+            "pipeline takes")
+        add("--guidance_scale", type=number, help="what FLUX.1-dev is told its guidance is while it learns; "
+            "by default 3.5")
+        add("--offload", action="store_true", help="keep text encoders and the VAE's encoder on the CPU but for the "
+            "moments in which they work: slow without the caches, which need them at the start only")
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser, labels=False):
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--train_data_dir", help="image folder with metadata.jsonl, .csv or .parquet (file_name and a caption column)")
+    sources = "image folder with metadata.jsonl, .csv or .parquet (file_name and a caption column)"
+    if labels:
+        sources += ", or for class-conditional models one sub-folder per class"
+        add("--label_column", help="column with the class labels of class-conditional models, by default label")
+    add("--train_data_dir", help=sources)
     add("--dataset_name", help="Hub id or local folder of a datasets dataset")
     add("--dataset_config_name", help="configuration of that dataset")
     add("--image_column", help="column with the images")
@@ -92,9 +110,10 @@ def add_data_arguments(parser):
         "only column that can be meant")
     add("--max_train_samples", type=int, help="use this many samples only")
     add("--max_bad_images", type=int, default=0, help="unreadable images to leave out before giving up")
-    add("--proportion_empty_prompts", type=number, default=0.0, help="share of captions dropped, drawn at each step; "
-        "0.1 keeps classifier-free guidance working")
-    add("--resolution", type=int, help="side of the training images in pixels; by default 1024 for SDXL, else 512")
+    add("--proportion_empty_prompts", type=number, help="share of captions dropped, drawn at each step; 0.1, the "
+        "default for class labels, keeps classifier-free guidance working; else 0")
+    add("--resolution", type=int, help="side of the training images in pixels; by default 1024 for SDXL, what "
+        "class-conditional models are made for, else 512")
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", default="lanczos", help="how images are resized",
@@ -106,7 +125,7 @@ def add_data_arguments(parser):
         "the text encoders off the device")
 
 
-def add_training_arguments(parser, output_dir):
+def add_training_arguments(parser, output_dir, xformers=False):
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--output_dir", default=output_dir, help="where checkpoints, samples and the finetuned pipeline go")
@@ -144,30 +163,39 @@ def add_training_arguments(parser, output_dir):
     add("--foreach_ema", action="store_true", help="faster update of the average")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="by default what `accelerate config` says")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and later")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention instead of "
-        "torch's; needs `pip install xformers` and a GPU")
+    if xformers:
+        add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention instead of "
+            "torch's; needs `pip install xformers` and a GPU")
     add("--dry_run", action="store_true", help="print the resolved settings, what is trained and what a step costs in "
         "memory and arithmetic, counted without a GPU; then stop")
 
 
-def add_lora_arguments(parser):
+def add_lora_arguments(parser, text_encoders=False):
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train low-rank adapters instead of all weights")
     add("--rank", type=int, default=4, help="rank of the adapters")
     add("--lora_alpha", type=number, help="their scale is lora_alpha / rank; by default lora_alpha is the rank")
-    add("--lora_layers", help="modules to adapt, comma-separated ends of their names; by default the attention's "
-        "to_k,to_q,to_v,to_out.0")
+    add("--lora_layers", help="modules to adapt, comma-separated ends of their names; by default the attention's, as "
+        "in the Diffusers scripts")
     add("--lora_dropout", type=number, default=0.0, help="dropout before the adapters")
     add("--use_dora", action="store_true", help="weight-decomposed adapters (DoRA)")
-    add("--train_text_encoder", action="store_true", help="adapters for the text encoders, too")
+    if text_encoders:
+        add("--train_text_encoder", action="store_true", help="adapters for the text encoders, too")
 
 
-def add_diffusion_arguments(parser):
+def add_diffusion_arguments(parser, flow=False):
     group = parser.add_argument_group("diffusion loss")
     add = group.add_argument
-    add("--prediction_type", choices=["epsilon", "v_prediction", "sample"],
+    add("--prediction_type", choices=["epsilon", "v_prediction", "sample", "flow_prediction"][: 3 + flow],
         help="what the model predicts; by default what the checkpoint's scheduler says")
+    if flow:
+        add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], help="flow "
+            "matching: how noise levels are drawn (logit_normal, mode) before the family's own shift, or weighted in the "
+            "loss (sigma_sqrt, cosmap); by default logit_normal for SD3, mode for class labels, else none")
+        add("--logit_mean", type=number, default=0.0, help="mean of logit_normal; positive means less noise")
+        add("--logit_std", type=number, default=1.0, help="standard deviation of logit_normal")
+        add("--mode_scale", type=number, default=1.29, help="how strongly mode favours the middle")
     add("--rescale_betas_zero_snr", action="store_true", help="zero terminal SNR (Lin et al.), not with epsilon")
     add("--snr_gamma", type=number, help="min-SNR loss weights; 5.0 in the paper of Hang et al.")
     add("--noise_offset", type=number, default=0.0, help="scale of the noise that is constant over positions")
@@ -211,18 +239,19 @@ def add_lpl_arguments(parser):
         "inductor if no backend is named")
 
 
-def add_output_arguments(parser):
+def add_output_arguments(parser, guidance_scale=None):
     group = parser.add_argument_group("checkpoints, validation, logging")
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
     add("--checkpoints_total_limit", type=int, help="older checkpoints are removed after a new one is complete")
     add("--resume_from_checkpoint", help="folder of a checkpoint, or latest")
-    add("--validation_prompts", nargs="+", help="prompts to draw during training")
+    add("--validation_prompts", nargs="+", help="prompts (class names or numbers) to draw during training")
     add("--validation_prompt", help="the same for one prompt")
     add("--validation_steps", type=int, help="optimizer steps between drawings, 500 by default")
     add("--validation_epochs", type=int, help="passes over the data between drawings, instead")
     add("--num_validation_images", type=int, default=4, help="images per prompt")
-    add("--validation_guidance_scale", type=number, default=7.5, help="classifier-free guidance of the drawings")
+    add("--validation_guidance_scale", type=number, default=guidance_scale, help="classifier-free guidance of the "
+        "drawings; by default " + ("7.5" if guidance_scale else "the pipeline's own"))
     add("--validation_inference_steps", type=int, default=25, help="sampler steps of the drawings")
     add("--skip_final_inference", action="store_true", help="do not load the result and draw the prompts at the end")
     add("--logging_dir", default="logs", help="tracker files, inside --output_dir")
@@ -261,12 +290,31 @@ REFUSED = {
     "--guidance_scale": "belongs to guidance-distilled transformers: for the drawings there is "
     "--validation_guidance_scale",
     "--max_sequence_length": "belongs to T5, while CLIP reads 77 tokens: leave it out",
+    "--precondition_outputs": "is not there: the loss is on the velocity; --weighting_scheme sigma_sqrt weighs it",
+    "--train_text_encoder": "is not there for transformers, whose text encoders stay as they are: leave it out",
+    "--enable_xformers_memory_efficient_attention": "is for UNets: leave it out, torch's own attention is as lean",
+    "--label_column": "is for class-conditional transformers: train_lpl_dit.py",
+    "--transformer_config": "is for transformers: train_lpl_dit.py",
     "--offload": "is not there: take the encoders off the device with --cache_latents and --cache_text_embeddings",
-    "--bnb_quantization_config_path": "is not there yet: save memory with --mixed_precision bf16, "
+    "--bnb_quantization_config_path": "is for transformers: save memory with --mixed_precision bf16, "
     "--gradient_checkpointing and --use_8bit_adam",
     "--upcast_before_saving": "is not needed, as weights are saved in float32: leave it out",
     "--adam_weight_decay_text_encoder": "is not there: --adam_weight_decay is for all that is trained, the text "
     "encoders' adapters too",
+}
+
+
+# What is so in a script that has no flag for it
+ABSENT = {
+    "transformer_config": None,
+    "bnb_quantization_config_path": None,
+    "max_sequence_length": None,
+    "offload": False,
+    "label_column": None,
+    "train_text_encoder": False,
+    "enable_xformers_memory_efficient_attention": False,
+    "weighting_scheme": "none",
+    "num_classes": None,
 }
 
 
@@ -280,7 +328,7 @@ def parse_args(parser, argv=None):
             parser.error(f"{flag} {REFUSED[flag]}.")
         similar = difflib.get_close_matches(flag, known, n=1)
         parser.error(f"there is no flag {flag}" + (f"; is {similar[0]} meant?" if similar else ": see --help."))
-    args = parser.parse_args(argv)
+    args = argparse.Namespace(**{**ABSENT, **vars(parser.parse_args(argv))})
     args.given_flags = sorted(set(given))
     args.given_lpl_flags = [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_"))]
     try:
@@ -297,13 +345,15 @@ def parse_args(parser, argv=None):
 AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
     "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
-    "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank"
+    "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
     "lpl_chunk_size max_bad_images dataloader_num_workers seed timestep_bias_begin"
 ).split()
-POSITIVE = "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm lora_alpha timestep_bias_multiplier".split()
+POSITIVE = (
+    "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm lora_alpha timestep_bias_multiplier logit_std"
+).split()
 BELOW_ONE = "adam_beta1 adam_beta2 prodigy_beta3 ema_decay lora_dropout".split()
 SHARES = "proportion_empty_prompts timestep_bias_portion".split()
 
@@ -318,11 +368,13 @@ def check_ranges(args):
         (SHARES, lambda value: 0 <= value <= 1, "from 0 to 1"),
     ):
         for name in names:
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             if value is not None and not fits(value):
                 raise UserError(f"--{name} {value} must be {what}.")
     if args.lpl_weight != "auto" and args.lpl_weight < 0:
         raise UserError(f"--lpl_weight {args.lpl_weight} must not be negative; 0 switches LPL off.")
+    if not -1 <= getattr(args, "mode_scale", 0) <= 1.75:
+        raise UserError(f"--mode_scale {args.mode_scale} must be from -1 to 1.75: others leave the timesteps' range.")
     if not 0 < args.lpl_target_share < 1:
         raise UserError(f"--lpl_target_share {args.lpl_target_share} must be between 0 and 1.")
     if (args.lpl_max_samples or 0) > 1 and args.lpl_max_samples % 1:
@@ -384,6 +436,15 @@ def check_combinations(args):
             f"--lpl_start_step {args.lpl_start_step} is never reached in {args.max_train_steps} steps: start earlier, "
             "or switch LPL off with --lpl_weight 0."
         )
+    if args.bnb_quantization_config_path and not args.use_lora:
+        raise UserError("--bnb_quantization_config_path: quantised weights can't be trained; add --use_lora.")
+    if args.bnb_quantization_config_path and args.dry_run:
+        raise UserError(
+            "--dry_run can't count a quantised model yet: leave --bnb_quantization_config_path out, and expect a "
+            "quarter (4 bits) or half (8 bits) of the transformer's bytes in bf16."
+        )
+    if args.transformer_config and args.use_lora:
+        raise UserError("--transformer_config trains new weights, --use_lora adapters to trained ones: leave one out.")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other: give one of them.")
     if args.cache_latents and not args.center_crop:
@@ -424,6 +485,7 @@ def check_packages(args):
         (args.report_to not in ("all", "none"), f"--report_to {args.report_to}", args.report_to),
         (args.use_8bit_adam, "--use_8bit_adam", "bitsandbytes"),
         (args.optimizer == "prodigy", "--optimizer prodigy", "prodigyopt"),
+        (args.bnb_quantization_config_path, "--bnb_quantization_config_path", "bitsandbytes"),
         (args.enable_xformers_memory_efficient_attention, xformers, "xformers"),
     ):
         if needed and importlib.util.find_spec(package) is None:
@@ -445,13 +507,16 @@ def set_defaults(args):
 
 def check_folders(args):
     """Checks of what is on the disk: model, output, checkpoint to resume, images (kept for `make_stream`)."""
-    check_model_folders(args)
+    args.folder_samples = None
+    for flag in ("transformer_config", "bnb_quantization_config_path"):
+        if getattr(args, flag):
+            setattr(args, flag, read_json(Path(getattr(args, flag)), f"--{flag}"))
+    known = check_model_folders(args)
     check_output_dir(args)
-    if args.train_data_dir:
-        from data_utils import check_images, read_image_folder
+    if args.train_data_dir and (known or not set(args.pipelines) & set(CLASS_CONDITIONAL)):
+        from data_utils import read_folder
 
-        samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
-        args.folder_samples = check_images(samples, args.max_bad_images)
+        args.folder_samples = read_folder(args)
 
 
 def is_folder_name(name):
@@ -459,30 +524,84 @@ def is_folder_name(name):
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
+def label_of(args, prompt):
+    """The class label that a validation prompt names or is. Raises UserError."""
+    ids = {name.strip(): label for label, names in args.id2label.items() for name in names.split(",")}
+    label = int(prompt) if prompt.isdecimal() else ids.get(prompt)
+    if label is None or label >= args.num_classes:
+        near = difflib.get_close_matches(prompt, ids, n=3)
+        raise UserError(
+            f"--validation_prompts {prompt} is no class of the model: give a number below {args.num_classes} or a "
+            f"class's name" + (f", such as {', '.join(near)}." if near else ".")
+        )
+    return label
+
+
+# Pipelines whose prompts are class labels
+CLASS_CONDITIONAL = ("DiTPipeline", "ClassConditionalPipeline")
+# Transformers that can be trained without a pipeline, on class labels
+FROM_SCRATCH = dict(zip(("DiTTransformer2DModel", "ClassConditionalSD3Transformer2DModel"), CLASS_CONDITIONAL))
+
+
+def pipeline_name(args, index):
+    """The class of the pipeline with this `model_index.json`, or without one of the transformer from scratch."""
+    name, new_transformer = args.pretrained_model_name_or_path, (args.transformer_config or {}).get("_class_name")
+    if name is None:
+        if new_transformer not in FROM_SCRATCH:
+            raise UserError(
+                f"--transformer_config: a new {new_transformer} needs --pretrained_model_name_or_path with the "
+                f"pipeline around it; without one, _class_name must be {' or '.join(FROM_SCRATCH)}."
+            )
+        return FROM_SCRATCH[new_transformer]
+    pipeline = index.get("_class_name")
+    pipeline = pipeline[-1] if isinstance(pipeline, list) else pipeline  # [file, class] of a pipeline of ours
+    if pipeline not in args.pipelines:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name} is a {pipeline}; this script finetunes "
+            f"{', '.join(args.pipelines)}."
+        )
+    if new_transformer and new_transformer != index.get("transformer", [None])[-1]:
+        raise UserError(
+            f"--transformer_config: its _class_name is {new_transformer}, but the transformer of {name} is a "
+            f"{index.get('transformer', [None])[-1]}: give the config of such a one."
+        )
+    return pipeline
+
+
 def check_model_folders(args):
-    """A local model is checked by its config files, as `check_configs` does for all models once they are there."""
+    """A local model is checked by its config files, as `check_configs` does for all models once they are there.
+
+    Returns whether everything was local.
+    """
     name, vae_name = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    vae_config = None
+    vae_config, index, scheduler_config, denoiser_config = None, {}, {}, args.transformer_config
+    if name is None and not (args.transformer_config and vae_name):
+        raise UserError(
+            "no model: give --pretrained_model_name_or_path, or to train from scratch --transformer_config and "
+            "--pretrained_vae_model_name_or_path."
+        )
     if vae_name and is_folder_name(vae_name):
-        folder = vae_folder(vae_name)
-        vae_config = read_json(folder / "config.json", "--pretrained_vae_model_name_or_path")
-    if is_folder_name(name):
+        vae_config = read_json(vae_folder(vae_name) / "config.json", "--pretrained_vae_model_name_or_path")
+    if name is not None and not is_folder_name(name):
+        return False
+    if name is not None:
         flag = "--pretrained_model_name_or_path"
         index = read_json(Path(name) / "model_index.json", flag)
-        if index.get("_class_name") not in args.pipelines:
-            raise UserError(
-                f"{flag} {name} is a {index.get('_class_name')}; this script finetunes {', '.join(args.pipelines)}."
-            )
+        pipeline_name(args, index)
         if not vae_name:
             vae_config = read_json(Path(name) / "vae" / "config.json", flag)
         for part in (part for part, entry in index.items() if isinstance(entry, list) and entry[0] == "transformers"):
-            needed = {"tokenizer": "tokenizer_config.json", "text_encoder": "config.json"}.get(part.removesuffix("_2"))
-            if needed is not None:
-                read_json(Path(name) / part / needed, flag)
-        unet_config = read_json(Path(name) / "unet" / "config.json", flag)
+            needed = {"tokenizer": "tokenizer_config.json", "text_encoder": "config.json"}
+            file = needed.get(part.removesuffix("_2").removesuffix("_3"))
+            if file is not None:
+                read_json(Path(name) / part / file, flag)
+        denoiser = "unet" if "unet" in index else "transformer"
+        denoiser_config = args.transformer_config or read_json(Path(name) / denoiser / "config.json", flag)
         scheduler_config = read_json(Path(name) / "scheduler" / "scheduler_config.json", flag)
-        if vae_config:
-            check_configs(args, vae_config, unet_config, scheduler_config)
+    if vae_config is None:
+        return False
+    check_configs(args, index, vae_config, denoiser_config, scheduler_config)
+    return True
 
 
 def vae_folder(name):
@@ -499,20 +618,65 @@ def read_json(path, flag):
         raise UserError(f"{flag}: {path} can't be read ({error}); download or save the model again.") from None
 
 
-def check_configs(args, vae_config, unet_config, scheduler_config):
-    """What the models' configs say about the flags: VAE class, latents, resolution, blocks, zero terminal SNR."""
+def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
+    """What the models' configs say about the flags; sets the defaults that depend on them. Raises UserError.
+
+    Args:
+        index: `model_index.json`; empty, like scheduler_config, for a model from scratch.
+    """
+    pipeline = pipeline_name(args, index)
+    args.denoiser_config = denoiser_config
+    check_conditioning(args, index, pipeline, denoiser_config)
+    check_vae(args, pipeline, vae_config, denoiser_config)
+    check_schedule(args, pipeline, scheduler_config)
+
+
+def check_conditioning(args, index, pipeline, denoiser_config):
+    """Captions or class labels. Sets `num_classes` (None for captions) and `id2label`."""
+    labels = pipeline in CLASS_CONDITIONAL
+    args.num_classes = None
+    if labels:
+        args.num_classes = denoiser_config.get("num_classes", denoiser_config.get("num_embeds_ada_norm", 1000))
+        args.id2label = {int(label): name for label, name in (index.get("id2label") or {}).items()}
+        check_unused(args, ["--caption_column", "--cache_text_embeddings"], f"the class labels of {pipeline}")
+        if pipeline == "DiTPipeline" and args.num_classes != 1000:
+            raise UserError(
+                "--transformer_config: num_embeds_ada_norm must be 1000, because DiTPipeline takes label 1000 for no "
+                "class; with fewer classes the rest of the labels stay unused."
+            )
+    else:
+        check_unused(args, ["--label_column"], f"the captions of {pipeline}")
+    if not denoiser_config.get("guidance_embeds"):
+        check_unused(args, ["--guidance_scale"], f"{pipeline}, which is not told of its guidance")
+    if labels or pipeline.startswith("StableDiffusionP"):
+        check_unused(args, ["--max_sequence_length"], pipeline)
+    if args.proportion_empty_prompts is None:
+        args.proportion_empty_prompts = 0.1 if labels else 0.0
+
+
+# VAE classes: where their configs have a value per level of the encoder and of the decoder, and how many by default
+VAES = {
+    "AutoencoderKL": ("block_out_channels", "up_block_types", 1),
+    "AsymmetricAutoencoderKL": ("down_block_out_channels", "up_block_types", 1),
+    "AutoencoderTiny": ("encoder_block_out_channels", "num_decoder_blocks", 4),
+    "AutoencoderDC": ("encoder_block_out_channels", "decoder_block_out_channels", 6),
+}
+
+
+def check_vae(args, pipeline, vae_config, denoiser_config):
+    """The VAE fits LPL, the denoiser and the resolution. Sets `resolution` and `latent_size`, the latents' side."""
     vae_class = vae_config.get("_class_name")
-    encoder_widths = {
-        "AutoencoderKL": vae_config.get("block_out_channels"),
-        "AsymmetricAutoencoderKL": vae_config.get("down_block_out_channels"),
-    }
-    if vae_class not in encoder_widths:
+    if vae_class not in VAES:
         raise UserError(
-            f"the VAE is a {vae_class}, this script supports {' and '.join(encoder_widths)}: give another one with "
+            f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give another one with "
             "--pretrained_vae_model_name_or_path."
         )
+    encoder, decoder, default = VAES[vae_class]
+    factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
     if args.resolution is None:
-        args.resolution = 1024 if unet_config.get("addition_embed_type") == "text_time" else 512
+        args.resolution = 1024 if denoiser_config.get("addition_embed_type") == "text_time" else 512
+        if pipeline in CLASS_CONDITIONAL and denoiser_config.get("sample_size"):
+            args.resolution = denoiser_config["sample_size"] * factor
     if args.vae_dtype == "fp16" and vae_config.get("force_upcast"):
         raise UserError(
             "--vae_dtype fp16: this VAE overflows in fp16, as its config says (force_upcast): use --vae_dtype bf16 or "
@@ -520,28 +684,83 @@ def check_configs(args, vae_config, unet_config, scheduler_config):
         )
     if args.lpl_gradient_checkpointing is None:
         args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
-    channels = vae_config.get("latent_channels", 4)
-    if channels != unet_config["in_channels"]:
+    name = "UNet" if pipeline.startswith(("StableDiffusionP", "StableDiffusionXL")) else "transformer"
+    channels = vae_config.get("latent_channels", 32 if vae_class == "AutoencoderDC" else 4)
+    pack = 2 if pipeline == "FluxPipeline" else 1
+    taken = denoiser_config.get("in_channels", channels * pack**2) // pack**2
+    if channels != taken:
         raise UserError(
-            f"the VAE has {channels} latent channels, the UNet takes {unet_config['in_channels']}: give the VAE that "
-            "belongs to the model with --pretrained_vae_model_name_or_path."
+            f"the VAE has {channels} latent channels, the {name} takes {taken}: give the VAE that belongs to the "
+            "model with --pretrained_vae_model_name_or_path"
+            + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
         )
-    factor = 2 ** (len(encoder_widths[vae_class]) - 1)
-    if args.resolution % factor:
-        nearest = max(1, round(args.resolution / factor)) * factor
-        raise UserError(f"--resolution {args.resolution} must be a multiple of {factor}, the VAE's factor: {nearest}?")
-    blocks = len(vae_config.get("up_block_types", encoder_widths[vae_class]))
+    if vae_config.get("shift_factor") and pipeline.startswith(("DiT", "PixArt", "Sana")):
+        raise UserError(
+            f"the VAE has a shift_factor, which {pipeline} does not undo when it samples: give another one with "
+            "--pretrained_vae_model_name_or_path."
+        )
+    patch = factor if name == "UNet" else factor * pack * denoiser_config.get("patch_size", 1)
+    if args.resolution % patch:
+        nearest = max(1, round(args.resolution / patch)) * patch
+        what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
+        raise UserError(f"--resolution {args.resolution} must be a multiple of {patch}, {what}: {nearest}?")
+    args.latent_size = args.resolution // factor
+    largest = denoiser_config.get("pos_embed_max_size")
+    if largest and args.resolution > largest * patch:
+        raise UserError(
+            f"--resolution {args.resolution}: the transformer has positions for {largest * patch} pixels "
+            "(pos_embed_max_size), give that or less."
+        )
+    blocks = len(vae_config.get(decoder, range(default)))
+    blocks -= sum(layers == 0 for layers in vae_config.get("decoder_layers_per_block", ()))  # these have no block
     if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
         raise UserError(
             f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks, give that or fewer."
         )
+
+
+FLOW_FLAGS = "--weighting_scheme --logit_mean --logit_std --mode_scale".split()
+DDPM_FLAGS = "--rescale_betas_zero_snr --timestep_bias_strategy".split()
+
+
+def check_schedule(args, pipeline, scheduler_config):
+    """Formulation and noise levels. Sets `prediction_type` of models from scratch and `weighting_scheme`."""
     timesteps = scheduler_config.get("num_train_timesteps", 1000)
     if args.timestep_bias_strategy == "range" and args.timestep_bias_end > timesteps:
         raise UserError(
             f"--timestep_bias_end {args.timestep_bias_end} must be at most {timesteps}, the number of the model's "
             "timesteps."
         )
-    prediction_type = args.prediction_type or scheduler_config.get("prediction_type", "epsilon")
+    saved = scheduler_config.get("prediction_type", "epsilon")
+    if "FlowMatch" in scheduler_config.get("_class_name", "") or saved == "flow_prediction":
+        saved = "flow_prediction"
+    if not scheduler_config:  # from scratch
+        saved = args.prediction_type or ("epsilon" if pipeline == "DiTPipeline" else "flow_prediction")
+        args.prediction_type = saved
+    prediction_type = args.prediction_type or saved
+    if "flow_prediction" in (prediction_type, saved) and prediction_type != saved:
+        raise UserError(
+            f"--prediction_type {prediction_type}: the model was trained with {saved}, and flow matching can't be "
+            "exchanged for diffusion: leave the flag out, or train with --transformer_config from scratch."
+        )
+    if prediction_type == "flow_prediction" and pipeline == "DiTPipeline":
+        raise UserError(
+            "--prediction_type flow_prediction: DiTPipeline can't sample so; train a transformer of class "
+            "ClassConditionalSD3Transformer2DModel (transformer_configs/mmdit-28x896.json)."
+        )
+    if prediction_type == "flow_prediction":
+        check_unused(args, DDPM_FLAGS, "flow matching")
+        if args.weighting_scheme is None:
+            schemes = {"StableDiffusion3Pipeline": "logit_normal", "ClassConditionalPipeline": "mode"}
+            args.weighting_scheme = schemes.get(pipeline, "none")
+        if args.weighting_scheme in ("sigma_sqrt", "cosmap"):
+            check_unused(args, ["--snr_gamma"], f"--weighting_scheme {args.weighting_scheme}")
+    else:
+        check_unused(args, FLOW_FLAGS, f"{prediction_type} prediction, which is no flow matching")
+        args.weighting_scheme = "none"
+    for scheme, flags in (("logit_normal", ["--logit_mean", "--logit_std"]), ("mode", ["--mode_scale"])):
+        if args.weighting_scheme != scheme:
+            check_unused(args, flags, f"--weighting_scheme {args.weighting_scheme}")
     zero_snr = args.rescale_betas_zero_snr or scheduler_config.get("rescale_betas_zero_snr")
     if zero_snr and prediction_type == "epsilon":
         raise UserError(
@@ -556,7 +775,8 @@ def check_output_dir(args):
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
     checkpoints = complete_checkpoints(output)
-    finished = any((output / name).exists() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
+    results = ("model_index.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    finished = any((output / name).exists() for name in results)
     if wanted is None and checkpoints:
         raise UserError(
             f"--output_dir {output} holds another run: choose another folder, or continue it with "

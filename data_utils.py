@@ -6,18 +6,21 @@ drawn from generators seeded with p. So the order does not depend on the number 
 the position at which to go on, and two processes with batch size B see what one process with 2B sees.
 
     read_image_folder, read_hub_dataset    samples: (image, caption) pairs
+    read_class_folder, read_hub_dataset    samples: (image, class label) pairs, and the classes' names
     limit_samples, check_images            fewer samples: `--max_train_samples`, unreadable images
+    labels_of, check_labels                the labels alone, and whether the model has such classes
     load_image, transform                  file -> 8-bit RGB -> pixels in [-1, 1]
     TrainingStream                         position -> training sample
     cache_latents                          encode every image once and let the stream give latents
     build_dataloader                       the batches of one rank, from a start position on
 
-In a sample, image is a path or the bytes of an image file, and caption a string or a list of strings of which one is
-drawn each time. Shapes: B batch, H = W = resolution. Only numpy and Pillow are imported at the top: a folder can be
-read and checked before torch is loaded.
+In a sample, image is a path or the bytes of an image file, and caption a string, a list of strings of which one is
+drawn each time, or for class-conditional models an int, the class label. Shapes: B batch, H = W = resolution. Only
+numpy and Pillow are imported at the top: a folder can be read and checked before torch is loaded.
 """
 
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -32,7 +35,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from arguments import UserError
+from arguments import UserError, label_of
 
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,87 @@ def read_image_folder(train_data_dir, image_column=None, caption_column=None):
 
     Returns: a list of (path, caption), sorted by path. Raises `UserError` for whatever is missing or malformed.
     """
+    images, rows = _read_folder(train_data_dir, image_column)
+    if not rows:
+        raise UserError(
+            f"--train_data_dir {train_data_dir} has no captions; write a metadata.jsonl there with one line per image "
+            'such as {"file_name": "cat.jpg", "text": "a cat on a sofa"}.'
+        )
+    caption_column = _choose_caption_column([row for _, row in rows], caption_column)
+    samples = _join(rows, caption_column)
+    _check_captions(samples, caption_column)
+    _warn_of_unused(images, samples, train_data_dir)
+    return sorted(samples, key=lambda sample: sample[0])
+
+
+def read_class_folder(train_data_dir, image_column=None, label_column=None, class_ids=None):
+    """Reads images with class labels: from metadata files if there are any, else from class sub-folders.
+
+    In metadata (see `read_image_folder`) the label is in `label_column`, by default `label`: an integer from 0 on, or
+    if every row has such a name, a name in `class_ids`. Without metadata the first-level sub-folder of an image is
+    its class. Names of digits are the labels (`207`); names in `class_ids` take those; others are numbered in sorted
+    order, as torchvision's ImageFolder does.
+
+    Args:
+        class_ids: {name: label} of the pretrained model, if it has names for its classes.
+
+    Returns: a list of (path, int label), sorted by path, and {label: name} of the labels that occur. Raises
+        `UserError` for whatever is missing, malformed or ambiguous.
+    """
+    images, rows = _read_folder(train_data_dir, image_column)
+    if not rows:
+        if label_column is not None:
+            raise UserError(
+                f"--label_column {label_column} does not apply to --train_data_dir {train_data_dir}, which has no "
+                "metadata file; leave the flag out to take the sub-folders as classes, or add the metadata."
+            )
+        return _read_class_sub_folders(train_data_dir, images, class_ids)
+    label_column = label_column or "label"
+    columns = _columns([row for _, row in rows])
+    if label_column not in columns:
+        raise UserError(
+            f"the metadata has no label column {label_column}; choose one that is there with --label_column: "
+            f"{', '.join(columns) or 'none is, so add one'}; or remove the metadata, and the sub-folders are classes."
+        )
+    samples = _join(rows, label_column)
+    paths, values = zip(*samples)
+    row_names = [f"{row['file_name']} in {metadata_path}" for metadata_path, row in rows]
+    labels, names = _parse_labels(values, row_names.__getitem__, label_column, class_ids)
+    _warn_of_unused(images, samples, train_data_dir)
+    return sorted(zip(paths, labels), key=lambda sample: sample[0]), names
+
+
+def _read_class_sub_folders(train_data_dir, images, class_ids):
+    images = sorted(images)
+    parts = [os.path.relpath(path, train_data_dir).split(os.sep) for path in images]
+    outside = [path for path, inner in zip(images, parts) if len(inner) == 1]
+    if len(outside) == len(images):
+        raise UserError(
+            f"--train_data_dir {train_data_dir} has no classes, neither as sub-folders nor in metadata; put every "
+            "image in a sub-folder that is named after its class, or write a metadata.jsonl there with one line per "
+            'image such as {"file_name": "cat.jpg", "label": 207}.'
+        )
+    if outside:
+        raise UserError(
+            f"{len(outside)} of the images lie outside the class sub-folders of --train_data_dir {train_data_dir} "
+            f"(first: {outside[0]}); move them into the sub-folders of their classes, or remove them."
+        )
+    classes = sorted({inner[0] for inner in parts})
+    labels = _known_labels(classes, class_ids)
+    if labels is not None:
+        names = _class_names(labels, class_ids)
+    else:
+        labels, names = {name: label for label, name in enumerate(classes)}, dict(enumerate(classes))
+        if class_ids:
+            logger.warning(
+                f"the model knows none of the class sub-folders of --train_data_dir {train_data_dir} by its name, so "
+                f"they are numbered in sorted order: {classes[0]} is class 0, ..., {classes[-1]} {len(classes) - 1}."
+            )
+    return [(path, labels[inner[0]]) for path, inner in zip(images, parts)], names
+
+
+def _read_folder(train_data_dir, image_column):
+    """The paths of all images in a folder, as a set, and all metadata rows, each with the path of its file."""
     if image_column not in (None, "image", "file_name"):
         raise UserError(
             f"--image_column {image_column} does not apply to --train_data_dir, where the metadata's column file_name "
@@ -76,33 +160,7 @@ def read_image_folder(train_data_dir, image_column=None, caption_column=None):
             f"--train_data_dir {train_data_dir} contains no images ({' '.join(IMAGE_EXTENSIONS)}); give a folder of "
             "image files, or name a dataset or its parquet file with --dataset_name."
         )
-    rows = [(path, row) for path in metadata_paths for row in _read_metadata(path)]
-    if not rows:
-        raise UserError(
-            f"--train_data_dir {train_data_dir} has no captions; write a metadata.jsonl there with one line per image "
-            'such as {"file_name": "cat.jpg", "text": "a cat on a sofa"}.'
-        )
-    caption_column = _choose_caption_column([row for _, row in rows], caption_column)
-
-    samples, missing = [], []
-    for metadata_path, row in rows:
-        path = os.path.normpath(os.path.join(os.path.dirname(metadata_path), row["file_name"]))
-        samples.append((path, row.get(caption_column)))
-        if not os.path.isfile(path):
-            missing.append(f"{row['file_name']} in {metadata_path}")
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the metadata rows name a file that is not there (first: {missing[0]}); correct "
-            "file_name, which is relative to the metadata file, or remove the rows."
-        )
-    _check_captions(samples, caption_column)
-    unused = images - {path for path, _ in samples}
-    if unused:
-        logger.warning(
-            f"{len(unused)} of the images in --train_data_dir {train_data_dir} will not be used, because no metadata "
-            f"row names them (first: {min(unused)})."
-        )
-    return sorted(samples, key=lambda sample: sample[0])
+    return images, [(path, row) for path in metadata_paths for row in _read_metadata(path)]
 
 
 def _scan_folder(folder):
@@ -143,8 +201,37 @@ def _read_metadata(path):
     return rows
 
 
+def _join(rows, column):
+    """The path of the image that each metadata row is about, with what the row has in a column."""
+    samples, missing = [], []
+    for metadata_path, row in rows:
+        path = os.path.normpath(os.path.join(os.path.dirname(metadata_path), row["file_name"]))
+        samples.append((path, row.get(column)))
+        if not os.path.isfile(path):
+            missing.append(f"{row['file_name']} in {metadata_path}")
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the metadata rows name a file that is not there (first: {missing[0]}); correct "
+            "file_name, which is relative to the metadata file, or remove the rows."
+        )
+    return samples
+
+
+def _warn_of_unused(images, samples, train_data_dir):
+    unused = images - {path for path, _ in samples}
+    if unused:
+        logger.warning(
+            f"{len(unused)} of the images in --train_data_dir {train_data_dir} will not be used, because no metadata "
+            f"row names them (first: {min(unused)})."
+        )
+
+
+def _columns(rows):
+    return list(dict.fromkeys(name for row in rows for name in row if name != "file_name"))
+
+
 def _choose_caption_column(rows, caption_column):
-    columns = list(dict.fromkeys(name for row in rows for name in row if name != "file_name"))
+    columns = _columns(rows)
     if caption_column is None:
         texts = [name for name in columns if any(isinstance(row.get(name), (str, list)) for row in rows)]
         caption_column = texts[0] if len(texts) == 1 and "text" not in columns else "text"
@@ -173,25 +260,81 @@ def _check_captions(captions, caption_column):
         )
 
 
+def _parse_labels(values, sample_name, column, class_ids):
+    """The labels that the values in a column mean, and {label: name} of those that occur.
+
+    Args:
+        values: what each sample has there: an integer from 0 on or its digits, or all of them names in `class_ids`.
+        sample_name: index -> what to call the sample in the `UserError` about a value that is none of these.
+    """
+    texts = [str(value).strip() if isinstance(value, (int, str)) else "" for value in values]
+    classes = sorted(set(texts) - {""})
+    labels = _known_labels(classes, class_ids)
+    if labels is None:
+        labels = {name: int(name) for name in classes if name.isdecimal()}
+    bad = [index for index, text in enumerate(texts) if text not in labels]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of the labels in column {column} are neither integers from 0 on nor names of classes that "
+            f"the model knows (first: {values[bad[0]]!r:.60} for {sample_name(bad[0])}); correct or remove such rows, "
+            "or choose another column with --label_column."
+        )
+    return [labels[text] for text in texts], _class_names(labels, class_ids)
+
+
+def _known_labels(classes, class_ids):
+    """{class: label} if the classes are numbers or all are names in `class_ids`; None if they are other names.
+
+    Raises `UserError` if only some are in `class_ids`: numbers for the others would be those of other classes.
+    """
+    if all(map(str.isdecimal, classes)):
+        return {name: int(name) for name in classes}
+    class_ids = class_ids or {}
+    unknown = [name for name in classes if name not in class_ids]
+    if len(unknown) == len(classes):
+        return None
+    if unknown:
+        similar = [difflib.get_close_matches(name, class_ids) for name in unknown[:5]]
+        listed = [f"{name} ({' or '.join(close)}?)" if close else name for name, close in zip(unknown, similar)]
+        raise UserError(
+            f"the model knows {len(classes) - len(unknown)} of the {len(classes)} classes by their names, but not "
+            f"{', '.join(listed + ['...'] * (len(unknown) > 5))}; use the model's names for all classes, or the "
+            "numbers of its classes."
+        )
+    return {name: class_ids[name] for name in classes}
+
+
+def _class_names(labels, class_ids):
+    """{label: name} for {class: label}; a class given by its number has the model's first name for it, if any."""
+    model_names = {label: name for name, label in reversed((class_ids or {}).items())}
+    return {label: model_names.get(label, name) if name.isdecimal() else name for name, label in labels.items()}
+
+
 @dataclass
 class HubSamples:
-    """Rows of a `datasets` dataset as (image bytes or path, caption) pairs, read one at a time."""
+    """Rows of a `datasets` dataset as (image bytes or path, caption or label) pairs, read one at a time."""
 
     dataset: object  # datasets.Dataset whose image column is not decoded
     image_column: str
     caption_column: str
     rows: np.ndarray  # [N] int64, the rows that are used
+    labels: np.ndarray | None = None  # int64, the class labels of all rows of the dataset, in place of captions
+    names: dict = field(default_factory=dict)  # {label: class name}
 
     def __len__(self):
         return len(self.rows)
 
     def captions(self):
+        if self.labels is not None:
+            return self.labels[self.rows].tolist()
         return self.dataset.select_columns([self.caption_column]).select(self.rows)[self.caption_column]
 
     def __getitem__(self, index):
-        row = self.dataset[int(self.rows[index])]
+        number = int(self.rows[index])
+        row = self.dataset[number]
         image = row[self.image_column] or {"bytes": None, "path": None}
-        return image["bytes"] or image["path"] or b"", row[self.caption_column]
+        caption = row[self.caption_column] if self.labels is None else int(self.labels[number])
+        return image["bytes"] or image["path"] or b"", caption
 
 
 def read_hub_dataset(
@@ -201,12 +344,18 @@ def read_hub_dataset(
     image_column=None,
     caption_column=None,
     cache_dir=None,
+    label_column=None,
+    class_ids=None,
 ):
     """Opens the split `train` of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
 
-    Without flags the columns are `image` and `text` if there, else the first column and the first of the others.
+    Without flags the columns are `image` and `text` if there, else the first column and the first of the others. With
+    `label_column` a sample has a class label in place of a caption: the column's integer, or its name's in
+    `class_ids`, {name: label} of the pretrained model, if the column holds names and all are there.
 
-    Returns: `HubSamples`. Raises `UserError` if the dataset or a column is missing, or a caption is no text.
+    Returns: `HubSamples`; with labels, `names` is {label: name} of those that occur, the column's own names if it is
+        a `datasets.ClassLabel`. Raises `UserError` if the dataset or a column is missing, a caption is no text, or a
+        label no class.
     """
     import datasets
 
@@ -220,8 +369,9 @@ def read_hub_dataset(
     columns = dataset.column_names
     image_column = image_column or ("image" if "image" in columns else columns[0])
     others = [name for name in columns if name != image_column]
-    caption_column = caption_column or ("text" if "text" in others else next(iter(others), "text"))
-    for flag, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+    column_flag = "--caption_column" if label_column is None else "--label_column"
+    caption_column = label_column or caption_column or ("text" if "text" in others else next(iter(others), "text"))
+    for flag, column in (("--image_column", image_column), (column_flag, caption_column)):
         if column not in columns:
             raise UserError(
                 f"--dataset_name {dataset_name} has no column {column} for {flag}; choose one that is there: "
@@ -236,8 +386,17 @@ def read_hub_dataset(
         ) from None
     batches = dataset.select_columns([caption_column]).iter(batch_size=1000)
     captions = itertools.chain.from_iterable(batch[caption_column] for batch in batches)
-    _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
-    return HubSamples(dataset, image_column, caption_column, np.arange(len(dataset)))
+    samples = HubSamples(dataset, image_column, caption_column, np.arange(len(dataset)))
+    if label_column is None:
+        _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
+        return samples
+    feature = dataset.features[label_column]
+    if isinstance(feature, datasets.ClassLabel) and set(feature.names) <= set(class_ids or ()):
+        captions = map(feature.int2str, captions)  # the model may have these classes under other numbers
+    labels, names = _parse_labels(list(captions), "row {}".format, label_column, class_ids)
+    if isinstance(feature, datasets.ClassLabel):
+        names = {label: feature.int2str(label) for label in names}
+    return replace(samples, labels=np.array(labels), names=names)
 
 
 def _load_train_split(name, config_name, data_dir, cache_dir):
@@ -271,6 +430,23 @@ def _select(samples, indices):
 
 def _name(samples, index):
     return f"row {samples.rows[index]} of the dataset" if isinstance(samples, HubSamples) else samples[index][0]
+
+
+def labels_of(samples):
+    """Each sample's class label (or caption), in their order and without reading the images."""
+    return samples.captions() if isinstance(samples, HubSamples) else [caption for _, caption in samples]
+
+
+def check_labels(samples, num_classes):
+    """Raises `UserError` unless every label is one of the model's classes, 0 to num_classes - 1."""
+    bad = [(index, label) for index, label in enumerate(labels_of(samples)) if not 0 <= label < num_classes]
+    if bad:
+        index, label = bad[0]
+        raise UserError(
+            f"{len(bad)} of the labels are not among the model's {num_classes} classes, 0 to {num_classes - 1} "
+            f"(first: {label} for {_name(samples, index)}); correct them, remove such images, or use a model with "
+            "more classes."
+        )
 
 
 # Images
@@ -483,10 +659,9 @@ def cache_latents(stream, encode, share_work):
 
 
 def all_captions(stream):
-    """Every caption that the stream can give."""
+    """Every caption, or class label, that the stream can give."""
     captions = {""} if stream.proportion_empty_prompts else set()
-    samples = stream.samples
-    for caption in samples.captions() if isinstance(samples, HubSamples) else (caption for _, caption in samples):
+    for caption in labels_of(stream.samples):
         captions |= set(caption) if isinstance(caption, list) else {caption}
     return captions
 
@@ -529,8 +704,8 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
     r-th `batch_size`. To resume, start at the number of samples that all ranks together have consumed.
 
     A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there, or if they are cached
-    posteriors `[B, 2 C, h, w]`; captions, B strings; positions, int64 `[B]`; original_sizes (height, width) and
-    crop_top_lefts (top, left), int64 `[B, 2]`.
+    posteriors `[B, 2 C, h, w]`; captions, a list of B strings, or of class labels and "" where the label is dropped;
+    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -550,20 +725,39 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
         yield batch
 
 
-def make_stream(args):
-    """The stream that the data flags describe. A folder was read and checked with the flags already."""
-    if args.train_data_dir:
-        samples, bad = args.folder_samples
+def read_folder(args):
+    """The samples of --train_data_dir, checked: see `check_images`. Adds to `args.id2label` of class labels."""
+    if args.num_classes is None:
+        samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
     else:
-        samples = read_hub_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            cache_dir=args.cache_dir,
-        )
+        columns = (args.image_column, args.label_column)
+        samples, names = read_class_folder(args.train_data_dir, *columns, class_ids=_class_ids(args))
+        check_labels(samples, args.num_classes)
+        args.id2label |= names
+    return check_images(samples, args.max_bad_images)
+
+
+def _class_ids(args):
+    """{name: label} of the model's classes, some of which have several names, separated by commas."""
+    return {name.strip(): label for label, names in args.id2label.items() for name in names.split(",")}
+
+
+def make_stream(args):
+    """The stream that the data flags describe. A folder was mostly read and checked with the flags already."""
+    if args.train_data_dir:
+        samples, bad = args.folder_samples or read_folder(args)
+    else:
+        columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+        if args.num_classes is not None:
+            columns |= {"label_column": args.label_column or "label", "class_ids": _class_ids(args)}
+        samples = read_hub_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir)
+        if args.num_classes is not None:
+            check_labels(samples, args.num_classes)
+            args.id2label |= samples.names
         samples, bad = check_images(samples, args.max_bad_images)
     samples = limit_samples(samples, args.max_train_samples, args.seed)
+    for prompt in (args.validation_prompts or ()) if args.num_classes is not None else ():
+        label_of(args, prompt)  # is it a class?
     return TrainingStream(
         samples,
         args.seed,

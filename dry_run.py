@@ -23,17 +23,17 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         tau: threshold of LPL on sigma / alpha.
         batch: a batch of the run; training_step: the script's, a function of args, family, model, lpl and batch.
 
-    Returns: dict of `trainable_parameters`, `parameters` (the UNet's); `weights`, `optimizer`, `ema`, `buckets` (what
-        several processes exchange gradients with) and, of a whole step with every sample decoded, `peak` and (without
-        LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an optimizer step of one process, and `flops_l2`
-        without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started.
+    Returns: dict of `trainable_parameters`, `parameters` (the denoiser's); `weights`, `optimizer`, `ema`, `buckets`
+        (what several processes exchange gradients with) and, of a whole step with every sample decoded, `peak` and
+        (without LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an optimizer step of one process, and
+        `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started.
     """
     batch = encode_ahead(args, family, batch)
     count = count_what_stays(accelerator, args, family, model, ema)
     fixed = sum(count[name] for name in STAYS)
     # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
-    family.sample_timesteps = lambda generators: torch.zeros(len(generators), dtype=torch.long)
+    family.sample_timesteps = lambda generators: family.timesteps[:1].repeat(len(generators))
     step = partial(count_step, accelerator, every, family, model, batch, training_step)
 
     passes = args.gradient_accumulation_steps
@@ -72,7 +72,7 @@ def count_what_stays(accelerator, args, family, model, ema):
     placed = (family.modules(part) for part, on_device in family.placed.items() if on_device)
     return {
         "trainable_parameters": sum(p.numel() for p in trained),
-        "parameters": sum(p.numel() for p in family.unet.parameters()),
+        "parameters": sum(p.numel() for p in family.denoiser.parameters()),
         "weights": module_bytes(model, *chain(*placed)),
         "optimizer": optimizer_bytes(args, trained),
         "ema": sum(4 * p.numel() for p in trained) if ema is not None and not args.offload_ema else 0,
@@ -137,6 +137,7 @@ def expected_decoded(batch, share, max_samples):
 
 
 HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
+HIDDEN += ("num_classes", "id2label", "denoiser_config", "latent_size")
 
 
 def report_settings(args, family, ema):
@@ -159,10 +160,11 @@ def report_settings(args, family, ema):
 def report(args, count, family, lpl, tau):
     """What `dry_run` returns."""
     trained = {str(p.dtype).removeprefix("torch.") for p in family.model.parameters() if p.requires_grad}
+    denoiser = {"unet": "UNet"}.get(family.denoiser_name, family.denoiser_name)
     print(f"\n{family.pipeline_class.__name__}")
     print(
         f"  Trained: {count['trainable_parameters']:,} parameters in {' and '.join(trained)}; "
-        f"the UNet has {count['parameters']:,}"
+        f"the {denoiser} has {count['parameters']:,}"
     )
     if lpl is not None:
         start = f" from step {args.lpl_start_step} on" if args.lpl_start_step else ""
@@ -171,7 +173,7 @@ def report(args, count, family, lpl, tau):
             f"{count['lpl_steps']:.1%} of the steps{start}"
         )
 
-    placed = ["UNet", *(PARTS[part] for part, on_device in family.placed.items() if on_device)]
+    placed = [denoiser, *(PARTS[part] for part, on_device in family.placed.items() if on_device)]
     rows = [
         ("weights", count["weights"], ", ".join(placed)),
         ("optimizer's state", count["optimizer"], "8-bit adamw" if args.use_8bit_adam else args.optimizer),

@@ -100,15 +100,16 @@ class LatentPerceptualLoss:
 
         LPL = sum_l  omega_l / C_l  sum_c  reduce_positions( rho_{l,c} (phi'_{l,c} - phi_hat'_{l,c})^2 )
 
-    The decoder of `vae` is frozen and put in eval mode. Its features are read by hooks on the mid block and on the
-    first `num_blocks` up blocks, inside `vae.decode`, which is left at the last block asked for.
+    The decoder of `vae` is frozen and put in eval mode. Its features are read by hooks on the mid block, if there is
+    one, and on the first `num_blocks` up blocks, inside `vae.decode`, which is left at the last block asked for.
 
     By default the loss is *streamed*: the decoder runs forward and backward on `chunk_size` samples at a time, and
     only dLPL/dz0_hat is kept. The result is exact, because the decoder has no operation across samples, and memory
     does not depend on the batch. `chunk_size=0` leaves the graph to autograd.
 
     Args:
-        vae: an autoencoder of diffusers whose decoder has `up_blocks` (`AutoencoderKL`, `AsymmetricAutoencoderKL`).
+        vae: an autoencoder of diffusers: `AutoencoderKL`, `AsymmetricAutoencoderKL` (mid and up blocks),
+            `AutoencoderDC` (up blocks alone) or `AutoencoderTiny` (the last block of each stage).
         num_blocks: up blocks to compare, not counting the mid block; 3 is the economical choice (Fig. 7).
         normalization: whose statistics standardise the features, per sample and channel over the valid positions.
             `shared`: both tensors with those of the prediction (Sec. 3.2); `target`: both with those of the clean
@@ -163,15 +164,16 @@ class LatentPerceptualLoss:
         self.unscale = unscale or self._unscale
         self.weight = None  # w_LPL: set by the caller or by `calibrate`; kept here to be saved with omega
 
-        decoder = getattr(vae, "decoder", None)
-        mid_block, up_blocks = getattr(decoder, "mid_block", None), getattr(decoder, "up_blocks", None) or []
+        mid_blocks, up_blocks = _decoder_blocks(getattr(vae, "decoder", None))
         if not up_blocks:
-            raise ValueError(f"{type(vae).__name__} has no decoder up blocks to hook: LPL can't use this VAE.")
-        if not 0 <= num_blocks <= len(up_blocks) or not (num_blocks or mid_block):
-            raise ValueError(f"num_blocks {num_blocks} does not fit a decoder with {len(up_blocks)} up blocks.")
+            raise ValueError(f"{type(vae).__name__} has no decoder blocks to hook: LPL can't use this VAE.")
+        fewest, most = 1 - len(mid_blocks), len(up_blocks)
+        if not fewest <= num_blocks <= most:
+            name = type(vae).__name__
+            raise ValueError(f"num_blocks {num_blocks}: this {name} has {most} up blocks, give {fewest} to {most}.")
         # Not all decoders run their blocks in the order of the list: take those that fire first.
-        self.blocks = [block for block in (mid_block, *up_blocks) if block is not None]
-        self.depth = num_blocks + (mid_block is not None)
+        self.blocks = mid_blocks + up_blocks
+        self.depth = len(mid_blocks) + num_blocks
         self._forwards = {}  # block -> its compiled forward
         self.blocks = [block for block, _ in self._run(self._probe_latents()[0])]
         self._probe()
@@ -372,6 +374,17 @@ class LatentPerceptualLoss:
                 mask = _by_channels(lambda maps: outlier_mask(maps, 1, side), features)
                 valid = mask if valid is None else valid & mask
         return valid
+
+
+def _decoder_blocks(decoder):
+    """The blocks of a decoder whose outputs can be compared: a list of the mid block, if any, and one of the rest."""
+    layers = getattr(decoder, "layers", None)
+    if isinstance(layers, torch.nn.Sequential):  # AutoencoderTiny: its stages end before an Upsample or the last layer
+        pairs = zip(layers, layers[1:])
+        return [], [block for block, after in pairs if isinstance(after, torch.nn.Upsample) or after is layers[-1]]
+    mid_block, up_blocks = getattr(decoder, "mid_block", None), getattr(decoder, "up_blocks", None) or []
+    # An empty Sequential is false: AutoencoderDC has one for a stage without layers, which would repeat a feature.
+    return [mid_block] if mid_block else [], [block for block in up_blocks if block]
 
 
 class _LastBlock(Exception):

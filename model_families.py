@@ -1,10 +1,16 @@
 """What differs between denoisers: how to load one, encode a prompt, call it, read its prediction, unscale its latents.
 
-Each family is a class with the same few methods; the training loop knows nothing else about the model.
-Shapes: B batch, C latent channels, h x w latent positions, H x W pixels.
+`Family` has what all share, and the same few methods in all; the training loop knows nothing else about a model.
+Shapes: B batch, C latent channels, h x w latent positions, H x W pixels, T noise levels.
 """
 
+import difflib
+import inspect
+import math
+import re
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
@@ -14,17 +20,39 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
 
-from arguments import UserError, check_configs, is_folder_name, vae_folder
+from arguments import UserError, check_configs, is_folder_name, label_of, pipeline_name, vae_folder
 from counters import without_values
+from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
 
 diffusers.utils.logging.set_verbosity_error()  # else every long caption is reported whenever it comes up
@@ -32,57 +60,72 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
-class StableDiffusion:
-    """Stable Diffusion 1.x and 2.x: a UNet under text conditioning; epsilon, v or sample prediction.
+class Family:
+    """What all families share; each says only what differs.
 
     Args:
         args: the script's flags.
         device: where the models work.
-        weight_dtype, vae_dtype: precision of what is frozen (text encoders; with LoRA the UNet) and of the VAE. What
-            is trained is in float32.
+        weight_dtype, vae_dtype: precision of what is frozen (text encoders; with LoRA the denoiser) and of the VAE.
+            What is trained is in float32.
 
-    `model` is the module to train: the UNet, or with --train_text_encoder both in one.
+    `denoiser` is the UNet or transformer, and `model` the module to train: the denoiser, or with
+    --train_text_encoder both in one. Noise levels are a grid: `timesteps`, `alphas`, `sigmas` and `timestep_weights`
+    (how often each is drawn), `[T]` on the CPU.
 
     Raises:
         UserError: the model can't be loaded or does not fit the flags.
     """
 
-    pipeline_class = StableDiffusionPipeline
+    pipeline_class = None
+    denoiser_name, denoiser_class = "transformer", None
     text_encoder_names = ("text_encoder",)
-    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    settings = {"requires_safety_checker": False}
+    unused = {}  # components that are not loaded
+    settings = {}  # of the pipeline's constructor
+    sampling = {}  # of its call, as training wants it
+    lora_layers = "to_k,to_q,to_v,to_out.0"
+    stock_lora = True  # whether the stock pipeline reads LoRA files
+    pack = 1  # side of the patches into which the pipeline packs latents
 
     def __init__(self, args, device, weight_dtype, vae_dtype):
         self.args, self.device, self.weight_dtype = args, device, weight_dtype
-        dtypes = {"default": torch.float32, "unet": weight_dtype if args.use_lora else torch.float32}
+        length = args.max_sequence_length
+        self.text_settings = {} if length is None else {"max_sequence_length": length}
+        self.sampling = {**self.sampling, **self.text_settings}
+        dtypes = {"default": torch.float32, self.denoiser_name: weight_dtype if args.use_lora else torch.float32}
         dtypes |= {"vae": vae_dtype, **dict.fromkeys(self.text_encoder_names, weight_dtype)}
-        self.pipe = self._load_pipeline(**self._load_vae(vae_dtype), **self.unused, **self.settings, dtype=dtypes)
-        self.unet, self.vae = self.pipe.unet, self.pipe.vae
+        given = {**self._given_denoiser(dtypes[self.denoiser_name]), **self._load_vae(vae_dtype)}
+        self.pipe = self._load_pipeline(**given, **self.unused, **self.settings, dtype=dtypes)
+        self.denoiser, self.vae = getattr(self.pipe, self.denoiser_name), self.pipe.vae
         self.text_encoders = {name: getattr(self.pipe, name) for name in self.text_encoder_names}
+        self.text_encoders = {name: encoder for name, encoder in self.text_encoders.items() if encoder is not None}
         self.pipe.scheduler = self._inference_scheduler(self.pipe.scheduler)
-        # What DDPMScheduler does not know of the pipeline's scheduler does not concern training.
-        self.noise_scheduler = DDPMScheduler.from_config(dict(self.pipe.scheduler.config))
-        self.prediction_type = self.noise_scheduler.config.prediction_type
-        abar = self.noise_scheduler.alphas_cumprod
-        self.alphas, self.sigmas = abar.sqrt(), (1 - abar).sqrt()  # [T], on the CPU
-        self.timestep_weights = timestep_weights(args, len(abar))  # [T]
+        self._set_noise_levels(self.pipe.scheduler)
 
         for module in (self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
         self.adapted = self._add_adapters() if args.use_lora else {}
+        for name, parameter in self.denoiser.named_parameters():
+            if any(part in name for part in self._without_effect()):
+                parameter.requires_grad_(False)  # DDP waits for its gradient
         if args.dry_run:
-            for module in (self.unet, self.vae, *self.text_encoders.values()):
+            for module in (self.denoiser, self.vae, *self.text_encoders.values()):
                 without_values(module)
-        self.model = self.unet
+        self.model = self.denoiser
         if args.train_text_encoder:
-            self.model = UNetWithTextEncoders(self.unet, self.text_encoders.values(), self._encode, self.unet_inputs)
+            encoders = self.text_encoders.values()
+            self.model = DenoiserWithTextEncoders(self.denoiser, encoders, self._encode, self.denoiser_inputs)
         if args.gradient_checkpointing:
             self._checkpoint_activations()
         if args.enable_xformers_memory_efficient_attention and not args.dry_run:
             self._use_xformers()
         self._embeddings = None  # caption -> embeddings, if they are cached
         self.placed = {}
-        self.place(encoder=True, decoder=args.lpl_weight != 0, text_encoders=True)
+        self.place(encoder=not args.offload, decoder=args.lpl_weight != 0, text_encoders=not args.offload)
+
+    def _without_effect(self):
+        """Parts of the denoiser's parameters' names that do nothing for its output."""
+        return ()
 
     # Where the frozen models are
 
@@ -93,11 +136,23 @@ class StableDiffusion:
             for module in self.modules(part) if not self.args.dry_run else ():
                 module.to(self.device if on_device else "cpu")
 
+    @contextmanager
+    def on_device(self, part):
+        """The modules of a part are on the device inside, and afterwards where they were (--offload)."""
+        was_placed = self.placed[part]
+        if not was_placed:
+            self.place(**{part: True})
+        try:
+            yield
+        finally:
+            if not was_placed:
+                self.place(**{part: False})
+
     def modules(self, part):
         vae = self.vae
         modules = {
-            "encoder": (vae.encoder, vae.quant_conv),
-            "decoder": (vae.decoder, vae.post_quant_conv),
+            "encoder": (vae.encoder, getattr(vae, "quant_conv", None)),
+            "decoder": (vae.decoder, getattr(vae, "post_quant_conv", None)),
             "text_encoders": self.text_encoders.values(),
         }
         return [module for module in modules[part] if module is not None]
@@ -105,28 +160,35 @@ class StableDiffusion:
     # Latents
 
     def encode_images(self, pixel_values):
-        """Images `[B, 3, H, W]` in [-1, 1] -> the parameters of their latents' posterior, `[B, 2 C, h, w]`."""
-        return self.vae.encode(pixel_values.to(self.device, self.vae.dtype, non_blocking=True)).latent_dist.parameters
+        """Images `[B, 3, H, W]` in [-1, 1] -> the parameters of their latents' posterior, `[B, 2 C, h, w]`.
+
+        Of a VAE without a posterior the latents themselves, `[B, C, h, w]`.
+        """
+        with self.on_device("encoder"):
+            encoded = self.vae.encode(pixel_values.to(self.device, self.vae.dtype, non_blocking=True))
+        return encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded[0]
 
     def latents(self, batch, generators):
         """Scaled latents `[B, C, h, w]`, float32, drawn from their posterior; one generator per sample."""
-        posterior = batch["posteriors"] if "posteriors" in batch else self.encode_images(batch["pixel_values"])
-        posterior = DiagonalGaussianDistribution(posterior.to(self.device, non_blocking=True))
-        latents = posterior.sample(generators).float()
-        return (latents - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
+        latents = batch["posteriors"] if "posteriors" in batch else self.encode_images(batch["pixel_values"])
+        latents = latents.to(self.device, non_blocking=True)
+        if latents.shape[1] == 2 * self.vae.config.latent_channels:
+            latents = DiagonalGaussianDistribution(latents).sample(generators)
+        return (latents.float() - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
 
     def decode_images(self, latents):
         """Scaled latents `[B, C, h, w]` -> a list of PIL images."""
         latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
         images = self.vae.decode(latents.to(self.vae.dtype)).sample
-        return self.pipe.image_processor.postprocess(images.float())
+        return VaeImageProcessor().postprocess(images.float())
 
     # Prompts
 
     def encode_prompts(self, captions):
         """Captions -> embeddings, name of the pipeline's argument -> `[B, ...]`; an empty one is no prompt."""
         if self._embeddings is None:
-            return self._encode(captions)
+            with self.on_device("text_encoders"):
+                return self._encode(captions)
         rows = [self._embeddings[caption] for caption in captions]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return {name: embeddings.to(self.device, non_blocking=True) for name, embeddings in stacked.items()}
@@ -139,66 +201,125 @@ class StableDiffusion:
             return {name: embedding[0].cpu() for name, embedding in self._encode([caption]).items()}
 
         captions = sorted(set(captions))
+        self.place(text_encoders=True)
         self._embeddings = dict(zip(captions, share_work(captions, embed, "Caching text embeddings")))
         self.place(text_encoders=False)
-
-    def _encode(self, captions):
-        embeds, _ = self.pipe.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds}
 
     def conditioning(self, batch):
         """What the denoiser is told about a batch, for `predict`."""
         captions = batch["captions"]
         return {"captions": captions} if self.args.train_text_encoder else self.encode_prompts(captions)
 
-    @staticmethod
-    def unet_inputs(prompt_embeds):
-        """The UNet's keyword arguments."""
-        return {"encoder_hidden_states": prompt_embeds}
-
     # Noise
+
+    def _set_noise_levels(self, scheduler):
+        self.prediction_type = prediction_type(scheduler)
+        if self.prediction_type == "flow_prediction":
+            patch_size = self.denoiser.config.get("patch_size", 1) * self.pack
+            self.sigmas = flow_sigmas(scheduler, sequence_length=(self.args.latent_size // patch_size) ** 2)
+            self.alphas = 1 - self.sigmas
+            self.timesteps = self.sigmas * len(self.sigmas)
+            self.timestep_weights = flow_timestep_weights(self.args, len(self.sigmas))
+            return
+        # What DDPMScheduler does not know of the pipeline's scheduler does not concern training.
+        abar = DDPMScheduler.from_config(dict(scheduler.config)).alphas_cumprod
+        self.alphas, self.sigmas = abar.sqrt(), (1 - abar).sqrt()
+        self.timesteps = torch.arange(len(abar))
+        self.timestep_weights = timestep_weights(self.args, len(abar))
 
     def sample_timesteps(self, generators):
         """Timesteps `[B]`, from CPU generators, so that nobody waits for the device to know them."""
-        if self.args.timestep_bias_strategy == "none":
-            draws = [torch.randint(0, len(self.alphas), (1,), generator=generator) for generator in generators]
+        if (self.timestep_weights == self.timestep_weights[0]).all():
+            draws = [torch.randint(0, len(self.timesteps), (1,), generator=generator) for generator in generators]
         else:
             draws = [torch.multinomial(self.timestep_weights, 1, generator=generator) for generator in generators]
-        return torch.cat(draws)
+        return self.timesteps[torch.cat(draws)]
 
     def noise_levels(self, timesteps):
         """alpha, sigma `[B]` of z_t = alpha z_0 + sigma eps, on the CPU like `timesteps`."""
+        if self.prediction_type == "flow_prediction":
+            sigmas = timesteps / len(self.sigmas)
+            return 1 - sigmas, sigmas
         return self.alphas[timesteps], self.sigmas[timesteps]
+
+    # The denoiser
 
     def predict(self, model, noisy_latents, timesteps, conditioning):
         """The output of `model` `[B, C, h, w]`, in the convention of `self.prediction_type`."""
-        inputs = conditioning if self.args.train_text_encoder else self.unet_inputs(**conditioning)
-        return model(noisy_latents, timesteps.to(self.device, non_blocking=True), **inputs, return_dict=False)[0]
+        if self.args.train_text_encoder:
+            inputs = conditioning
+        else:
+            inputs = self.denoiser_inputs(noisy_latents, **conditioning)
+        timesteps = self.scale_timesteps(timesteps).to(self.device, non_blocking=True)
+        output = model(self.to_tokens(noisy_latents), timestep=timesteps, **inputs, return_dict=False)[0]
+        return self.from_tokens(output, noisy_latents)
+
+    def scale_timesteps(self, timesteps):
+        """As the denoiser wants them."""
+        return timesteps
+
+    def to_tokens(self, latents):
+        """Latents as the denoiser takes them."""
+        return latents
+
+    def from_tokens(self, output, latents):
+        """What the denoiser gives for `latents`, in their shape."""
+        return output[:, : latents.shape[1]]  # some predict a variance as well, which the loss leaves alone
 
     # Drawing
+
+    @staticmethod
+    def prompt(prompt):
+        """What the pipeline takes for a prompt of the flags."""
+        return prompt
+
+    @staticmethod
+    def size_settings(resolution):
+        """What tells the pipeline the size of its images."""
+        return {"height": resolution, "width": resolution}
 
     @torch.no_grad()
     def draw(self, prompt, generator, **settings):
         """One PIL image for a prompt, with the model as it is."""
-        inputs = self.encode_prompts([prompt])
-        inputs |= {f"negative_{name}": embeddings for name, embeddings in self.encode_prompts([""]).items()}
         components = {**self.pipe.components, **dict.fromkeys(self.text_encoder_names)}
         pipe = self.pipeline_class(**components, **self.settings)
         pipe.set_progress_bar_config(disable=True)
-        latents = pipe(**inputs, generator=generator, output_type="latent", **settings).images
-        return self.decode_images(latents)[0]
+        settings |= {**self.sampling, "generator": generator, "output_type": "latent"}
+        return self.decode_images(self._sample(pipe, prompt, **settings))[0]
+
+    def _sample(self, pipe, prompt, **settings):
+        """Scaled latents `[1, C, h, w]` from the pipeline's sampler, given embeddings."""
+        inputs = self.encode_prompts([prompt]) | {"negative_prompt": None}
+        inputs |= {f"negative_{name}": embeddings for name, embeddings in self.encode_prompts([""]).items()}
+        return pipe(**inputs, **settings).images
 
     # Saving and loading what is trained
 
+    @property
+    def loader(self):
+        """How to load the result."""
+        if self.args.use_lora and not self.stock_lora:
+            return "PeftModel.from_pretrained(pipe.transformer, ...)"
+        return f"{self.pipeline_class.__name__}.{'load_lora_weights' if self.args.use_lora else 'from_pretrained'}"
+
     def save_weights(self, folder):
-        """What a checkpoint needs: `unet/`, or LoRA weights that `load_lora_weights` of the pipeline reads."""
-        if not self.args.use_lora:
-            return self.unet.save_pretrained(Path(folder, "unet"))
+        """What a checkpoint needs: the denoiser's folder, or LoRA weights (see `save_lora`)."""
+        if self.args.use_lora:
+            return self.save_lora(folder)
+        self.denoiser.save_pretrained(Path(folder, self.denoiser_name))
+
+    def save_lora(self, folder):
+        """A file that `load_lora_weights` of the pipeline reads or, where it can't, a folder for peft."""
+        if not self.stock_lora:
+            config, state = self.denoiser.peft_config["default"], get_peft_model_state_dict(self.denoiser)
+            config.save_pretrained(folder)
+            state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+            return save_file(state, Path(folder, PEFT_FILE), metadata={"format": "pt"})
         layers = {}
         for name, model in self.adapted.items():
             # In peft's names: diffusers' own are for attention layers only, and a mix loads in part, silently.
             state = get_peft_model_state_dict(model)
-            if name != "unet":  # as older transformers, and other tools, call a text encoder's modules
+            if name != self.denoiser_name:  # as older transformers, and other tools, call a text encoder's modules
                 state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
             layers[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
         self.pipeline_class.save_lora_weights(folder, **layers, **_collate_lora_metadata(self.adapted))
@@ -206,11 +327,12 @@ class StableDiffusion:
     def load_weights(self, folder):
         """What `save_weights` wrote."""
         if not self.args.use_lora:
-            saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-            return self.unet.load_state_dict(saved.state_dict())
-        state, _ = self.pipeline_class.lora_state_dict(folder)
+            saved = self.denoiser_class.from_pretrained(folder, subfolder=self.denoiser_name)
+            return self.denoiser.load_state_dict(saved.state_dict())
+        state = load_file(Path(folder, LORA_FILE if self.stock_lora else PEFT_FILE))
         for name, model in self.adapted.items():
-            part = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
+            prefix = f"{name}." if self.stock_lora else "base_model.model."
+            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if not hasattr(model, "text_model"):
                 part = {key.removeprefix("text_model."): value for key, value in part.items()}
             wrong = set_peft_model_state_dict(model, part)
@@ -219,39 +341,56 @@ class StableDiffusion:
                 raise ValueError(f"its LoRA is another one: {(missing or wrong.unexpected_keys)[0]}")
 
     def save_result(self, folder):
-        """LoRA weights, or a stock pipeline: the new UNet, a scheduler that says how it was trained, the rest."""
+        """LoRA weights, or a stock pipeline: the new denoiser, a scheduler that says how it was trained, the rest."""
         base = self.args.pretrained_model_name_or_path
-        if is_folder_name(base):  # no paths of this machine in what may be shared
-            self.unet.register_to_config(_name_or_path=Path(base).resolve().name)
+        local = base is not None and is_folder_name(base)  # no paths of this machine in what may be shared
+        name = Path(base).resolve().name if local else base
+        if local:
+            self.denoiser.register_to_config(_name_or_path=name)
+            for config in getattr(self.denoiser, "peft_config", {}).values():
+                config.base_model_name_or_path = name
         self.save_weights(folder)  # first what training made, should the base model be out of reach
         if self.args.use_lora:
             if self.args.prediction_type or self.args.rescale_betas_zero_snr:  # the base model's does not say so
                 self.pipe.scheduler.save_pretrained(Path(folder, "scheduler"))
             return
         try:
-            frozen = {"unet": self.unet, "scheduler": self.pipe.scheduler, **self._load_vae(torch.float32)}
-            # All in float32 like the UNet: a text encoder is loaded in the precision of its file.
-            pipe = self._load_pipeline(**frozen, dtype=torch.float32)
+            frozen = {self.denoiser_name: self.denoiser, "scheduler": self.pipe.scheduler}
+            # All in float32 like the denoiser: a text encoder is loaded in the precision of its file.
+            pipe = self._load_pipeline(**frozen, **self._load_vae(torch.float32), dtype=torch.float32)
         except UserError as error:
-            raise UserError(
-                f"the UNet is saved in {Path(folder, 'unet')}, the rest of the pipeline not: {error}"
-            ) from error
-        for part in (pipe, pipe.vae) if is_folder_name(base) else ():
-            part.register_to_config(_name_or_path=Path(base).resolve().name)
+            saved = Path(folder, self.denoiser_name)
+            raise UserError(f"what was trained is saved in {saved}, the rest of the pipeline not: {error}") from error
+        for part in (pipe, pipe.vae) if local else ():
+            part.register_to_config(_name_or_path=name)
         pipe.save_pretrained(folder)
 
     def load_result(self, folder):
-        """The result as its user will load it: a stock pipeline on the device. What was trained leaves the device."""
+        """The result as its user will load it: a stock pipeline on the device. What was trained leaves the device.
+
+        Returns a function that draws one PIL image of a prompt with the pipeline's settings.
+        """
         self.place(encoder=False, decoder=False, text_encoders=False)
         self.model.to("cpu")
         settings = {**self.unused, **self.settings, "dtype": self.weight_dtype}  # its sampler can't mix precisions
         if self.args.use_lora:
-            pipe = self._load_pipeline(scheduler=self.pipe.scheduler, **self._load_vae(self.weight_dtype), **settings)
-            pipe.load_lora_weights(folder)
+            given = {"scheduler": self.pipe.scheduler, **self._load_vae(self.weight_dtype)}
+            pipe = self._load_pipeline(**given, **self._given_denoiser(self.weight_dtype), **settings)
+            if self.stock_lora:
+                pipe.load_lora_weights(folder)
+            else:
+                PeftModel.from_pretrained(pipe.transformer, folder)
         else:
-            pipe = load(self.pipeline_class, folder, "--output_dir", **settings)
+            pipe = self._load_saved(folder, **settings)
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        if self.args.offload and self.device.type == "cuda":
+            pipe.enable_model_cpu_offload(device=self.device)
+        else:
+            pipe.to(self.device)
+        return lambda prompt, **settings: pipe(self.prompt(prompt), **self.sampling, **settings).images[0]
+
+    def _load_saved(self, folder, **settings):
+        return load(self.pipeline_class, folder, "--output_dir", **settings)
 
     # Loading
 
@@ -272,15 +411,49 @@ class StableDiffusion:
             return {"vae": from_config_without_values(vae_class, config, dtype)}
         return {"vae": load(vae_class, vae_source(self.args), VAE_FLAG, dtype=dtype, **hub)}
 
+    def _given_denoiser(self, dtype, **changes):
+        """`{denoiser_name: the denoiser}` if it is not the pipeline's as it is, but new, quantised or changed."""
+        args, name = self.args, self.args.pretrained_model_name_or_path
+        if args.transformer_config:
+            config = {**args.transformer_config, "sample_size": args.latent_size}
+            return {self.denoiser_name: self._new_denoiser(config)}
+        if not changes and not args.bnb_quantization_config_path:
+            return {}
+        flag, hub = "--pretrained_model_name_or_path", {**hub_flags(args), "subfolder": self.denoiser_name}
+        if args.dry_run:
+            config = load(self.denoiser_class, name, flag, "load_config", **hub)
+            denoiser = from_config_without_values(self.denoiser_class, {**config, **changes}, dtype)
+            return {self.denoiser_name: denoiser}
+        if args.bnb_quantization_config_path:
+            changes["quantization_config"] = quantization_config(args)
+        denoiser = load(self.denoiser_class, name, flag, variant=args.variant, dtype=dtype, **hub, **changes)
+        return {self.denoiser_name: denoiser}
+
+    def _new_denoiser(self, config):
+        """A denoiser with new weights, which are a function of the seed."""
+        try:
+            if self.args.dry_run:
+                return from_config_without_values(self.denoiser_class, config, torch.float32)
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)
+                return initialize(self.denoiser_class.from_config(config))
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"--transformer_config describes no {self.denoiser_class.__name__}: {error}") from error
+
     def _add_adapters(self):
-        """LoRA on the UNet and, if asked for, on the text encoders; returns name -> model with adapters."""
+        """LoRA on the denoiser and, if asked for, on the text encoders; returns name -> model with adapters."""
         args = self.args
         shared = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
         shared |= {"use_dora": args.use_dora, "init_lora_weights": "gaussian"}
-        layers = (args.lora_layers or "to_k,to_q,to_v,to_out.0").split(",")
-        adapted = {"unet": self.unet.requires_grad_(False)}
+        layers = [layer.strip() for layer in (args.lora_layers or self.lora_layers).split(",")]
+        check_lora_layers(self.denoiser, layers)
+        adapted = {self.denoiser_name: self.denoiser.requires_grad_(False)}
+        config = LoraConfig(target_modules=layers, **shared)
         try:
-            self.unet.add_adapter(LoraConfig(target_modules=[layer.strip() for layer in layers], **shared))
+            if self.stock_lora:
+                self.denoiser.add_adapter(config)
+            else:
+                inject_adapter_in_model(config, self.denoiser)
         except ValueError as error:
             raise UserError(f"--lora_layers {args.lora_layers}: {str(error).splitlines()[0]}") from error
         if args.train_text_encoder:
@@ -298,19 +471,21 @@ class StableDiffusion:
         return text_encoder.config.num_hidden_layers
 
     def _checkpoint_activations(self):
-        self.unet.enable_gradient_checkpointing()
+        self.denoiser.enable_gradient_checkpointing()
         for text_encoder in self.text_encoders.values() if self.args.train_text_encoder else ():
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _use_xformers(self):
         try:
-            self.unet.enable_xformers_memory_efficient_attention()
+            self.denoiser.enable_xformers_memory_efficient_attention()
         except (ValueError, ModuleNotFoundError, NotImplementedError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--enable_xformers_memory_efficient_attention: {reason}; leave it out.") from error
 
     def _inference_scheduler(self, scheduler):
         """The scheduler that is saved: it must know the prediction type and the noise schedule trained with."""
+        if prediction_type(scheduler) == "flow_prediction":
+            return scheduler
         changes, scheduler_class = {}, type(scheduler)
         if self.args.prediction_type:
             changes["prediction_type"] = self.args.prediction_type
@@ -320,6 +495,23 @@ class StableDiffusion:
             scheduler_class = DDIMScheduler  # PNDM, Stable Diffusion's default, can do neither; nor does it clip
             changes["clip_sample"] = scheduler.config.get("clip_sample", False)
         return scheduler_class.from_config(scheduler.config, **changes)
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x: a UNet under text conditioning; epsilon, v or sample prediction."""
+
+    pipeline_class, denoiser_name, denoiser_class = StableDiffusionPipeline, "unet", UNet2DConditionModel
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    settings = {"requires_safety_checker": False}
+
+    def _encode(self, captions):
+        embeds, _ = self.pipe.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds}
+
+    @staticmethod
+    def denoiser_inputs(latents, prompt_embeds):
+        """The denoiser's keyword arguments besides latents and timestep."""
+        return {"encoder_hidden_states": prompt_embeds}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -345,7 +537,7 @@ class StableDiffusionXL(StableDiffusion):
         return {**super().conditioning(batch), "time_ids": time_ids}
 
     @staticmethod
-    def unet_inputs(prompt_embeds, pooled_prompt_embeds, time_ids):
+    def denoiser_inputs(latents, prompt_embeds, pooled_prompt_embeds, time_ids):
         added = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids}
         return {"encoder_hidden_states": prompt_embeds, "added_cond_kwargs": added}
 
@@ -355,39 +547,274 @@ class StableDiffusionXL(StableDiffusion):
         return text_encoder.config.num_hidden_layers - (name == "text_encoder")
 
 
-FAMILIES = {family.pipeline_class.__name__: family for family in (StableDiffusion, StableDiffusionXL)}
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5: flow matching, three text encoders (T5 may be missing), a pooled embedding."""
+
+    pipeline_class, denoiser_class = StableDiffusion3Pipeline, SD3Transformer2DModel
+    text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    unused = {"feature_extractor": None, "image_encoder": None}
+    lora_layers = "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0"
+    lora_layers += ",attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out"
+
+    def _encode(self, captions):
+        settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
+        embeds, _, pooled, _ = self.pipe.encode_prompt(captions, None, None, **settings)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @staticmethod
+    def denoiser_inputs(latents, prompt_embeds, pooled_prompt_embeds):
+        return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+
+    def _without_effect(self):  # what becomes of the text in the last block is not read
+        last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}.attn"
+        return f"{last}.add_q_proj", f"{last}.norm_added_q"
+
+
+class Flux(Family):
+    """FLUX.1: flow matching on packed latents with positions; the guidance scale is one of dev's inputs."""
+
+    pipeline_class, denoiser_class = FluxPipeline, FluxTransformer2DModel
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    unused = {"feature_extractor": None, "image_encoder": None}
+    lora_layers = StableDiffusion3.lora_layers + ",ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+    pack = 2
+
+    def _encode(self, captions):
+        embeds, pooled, _ = self.pipe.encode_prompt(captions, None, device=self.device, **self.text_settings)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def denoiser_inputs(self, latents, prompt_embeds, pooled_prompt_embeds):
+        batch, _, height, width = latents.shape
+        settings = {"device": self.device, "dtype": prompt_embeds.dtype}
+        positions = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, **settings)
+        inputs = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+        inputs |= {"img_ids": positions, "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, **settings)}
+        if self.denoiser.config.guidance_embeds:
+            scale = 3.5 if self.args.guidance_scale is None else self.args.guidance_scale
+            inputs["guidance"] = torch.full((batch,), scale, device=self.device)
+        return inputs
+
+    def scale_timesteps(self, timesteps):
+        return timesteps / len(self.timesteps)
+
+    def to_tokens(self, latents):
+        return self.pipe._pack_latents(latents, *latents.shape)
+
+    def from_tokens(self, output, latents):
+        factor = self.pipe.vae_scale_factor
+        height, width = (side * factor for side in latents.shape[-2:])
+        return self.pipe._unpack_latents(output, height, width, factor)
+
+    def _sample(self, pipe, prompt, **settings):  # without a negative prompt: its guidance is distilled
+        latents = pipe(**self.encode_prompts([prompt]), **settings).images
+        return pipe._unpack_latents(latents, settings["height"], settings["width"], pipe.vae_scale_factor)
+
+
+class PixArtSigma(Family):
+    """PixArt-Sigma: T5 embeddings with their mask; predicts a variance as well."""
+
+    pipeline_class, denoiser_class = PixArtSigmaPipeline, PixArtTransformer2DModel
+    sampling = {"use_resolution_binning": False}
+    stock_lora = False
+
+    def _encode(self, captions):
+        settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
+        embeds, mask, _, _ = self.pipe.encode_prompt(captions, **settings)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def denoiser_inputs(self, latents, prompt_embeds, prompt_attention_mask):
+        sizes = {"resolution": None, "aspect_ratio": None}
+        inputs = {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
+        return {**inputs, "added_cond_kwargs": sizes}
+
+
+class PixArtAlpha(PixArtSigma):
+    """PixArt-alpha; the model for 1024 pixels is told of the image's size and aspect ratio."""
+
+    pipeline_class = PixArtAlphaPipeline
+
+    def denoiser_inputs(self, latents, prompt_embeds, prompt_attention_mask):
+        inputs = super().denoiser_inputs(latents, prompt_embeds, prompt_attention_mask)
+        if self.denoiser.config.sample_size == 128:  # as the pipeline tells
+            height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[-2:])
+            sizes = {"resolution": [height, width], "aspect_ratio": [height / width]}
+            sizes = {name: torch.tensor([value]).to(prompt_embeds) for name, value in sizes.items()}
+            inputs["added_cond_kwargs"] = {name: size.repeat(len(latents), 1) for name, size in sizes.items()}
+        return inputs
+
+
+class Sana(Family):
+    """Sana: flow matching on the latents of a deep-compression VAE; Gemma reads an instruction before each caption."""
+
+    pipeline_class, denoiser_class = SanaPipeline, SanaTransformer2DModel
+    sampling = {"use_resolution_binning": False}
+
+    def _encode(self, captions):
+        instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
+        rows = {}
+        for empty in (False, True):  # the pipeline puts no instruction before a negative prompt
+            chosen = [i for i, caption in enumerate(captions) if (caption == "") == empty]
+            if chosen:
+                settings["complex_human_instruction"] = None if empty else instruction
+                embeds, mask, _, _ = self.pipe.encode_prompt([captions[i] for i in chosen], **settings)
+                rows |= dict(zip(chosen, zip(embeds, mask)))
+        embeds, mask = zip(*(rows[i] for i in range(len(captions))))
+        return {"prompt_embeds": torch.stack(embeds), "prompt_attention_mask": torch.stack(mask)}
+
+    def denoiser_inputs(self, latents, prompt_embeds, prompt_attention_mask):
+        return {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
+
+    def scale_timesteps(self, timesteps):
+        if not isinstance(self.pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            timesteps = timesteps.long()  # DPMSolverMultistepScheduler, which its checkpoints have, cuts them
+        return timesteps * self.denoiser.config.timestep_scale
+
+
+class ClassConditional(Family):
+    """Models that are told a class label; captions are label numbers, an empty one means no class.
+
+    The size of a model's position embeddings follows --resolution, so that it can be trained in two stages.
+    """
+
+    text_encoder_names = ()
+    stock_lora = False
+
+    def conditioning(self, batch):
+        labels = [self.num_classes if label == "" else label for label in batch["captions"]]
+        return {"class_labels": torch.tensor(labels).to(self.device, non_blocking=True)}
+
+    @staticmethod
+    def denoiser_inputs(latents, class_labels):
+        return {"class_labels": class_labels}
+
+    def _given_denoiser(self, dtype):
+        return super()._given_denoiser(dtype, **self._resized())
+
+    def _resized(self):
+        """What changes in the transformer's config for --resolution."""
+        return {"sample_size": self.args.latent_size}
+
+    def _load_pipeline(self, transformer, vae, scheduler=None, dtype=None):
+        """Part by part: the Hub would have a pipeline of ours run the code that is saved with it."""
+        if scheduler is None and self.args.pretrained_model_name_or_path is None:
+            scheduler = new_scheduler(self.args)
+        elif scheduler is None:
+            scheduler = load_part(self.args, "scheduler")
+        pipe = self.pipeline_class(transformer, vae, scheduler, id2label=self.args.id2label)
+        pipe.register_to_config(id2label=self.args.id2label)  # DiTPipeline forgets it
+        return pipe
+
+    def _load_vae(self, dtype):
+        return super()._load_vae(dtype) or {"vae": load_part(self.args, "vae", dtype)}
+
+    def prompt(self, prompt):
+        return [label_of(self.args, prompt)]
+
+
+class DiT(ClassConditional):
+    """DiT on ImageNet's classes; predicts a variance as well. Its pipeline takes class 1000 for none."""
+
+    pipeline_class, denoiser_class = DiTPipeline, DiTTransformer2DModel
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.num_classes = self.denoiser.config.num_embeds_ada_norm
+        for module in self.denoiser.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0  # it drops labels, in each block others; --proportion_empty_prompts does
+
+    @staticmethod
+    def size_settings(resolution):
+        return {}  # the transformer's sample_size tells
+
+    @torch.no_grad()
+    def draw(self, prompt, generator, **settings):
+        pipe = DiTPipeline(self.denoiser, VAEOfAnyPrecision(self.vae), self.pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(self.prompt(prompt), generator=generator, **settings).images[0]
+
+
+class VAEOfAnyPrecision:
+    """For DiTPipeline, which decodes what it has drawn in the precision of the transformer."""
+
+    def __init__(self, vae):
+        self.vae, self.config = vae, vae.config
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=self.vae.decode(latents.to(self.vae.dtype)).sample.float())
+
+
+class ClassConditionalMMDiT(ClassConditional):
+    """The paper's multi-modal DiT on class labels, which stock diffusers lacks."""
+
+    pipeline_class, denoiser_class = ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
+
+    _without_effect = StableDiffusion3._without_effect
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.num_classes = self.denoiser.config.num_classes
+
+    def _resized(self):
+        base = self.args.denoiser_config.get("base_sample_size") or self.args.denoiser_config["sample_size"]
+        return {"sample_size": self.args.latent_size, "base_sample_size": base}
+
+    def _sample(self, pipe, prompt, **settings):
+        return pipe(self.prompt(prompt), **settings).images
+
+    def _load_saved(self, folder, dtype):
+        return load(DiffusionPipeline, folder, "--output_dir", trust_remote_code=True, dtype=dtype)
+
+
+FAMILIES = {
+    family.pipeline_class.__name__: family
+    for family in (
+        StableDiffusion,
+        StableDiffusionXL,
+        StableDiffusion3,
+        Flux,
+        PixArtAlpha,
+        PixArtSigma,
+        Sana,
+        DiT,
+        ClassConditionalMMDiT,
+    )
+}
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
+LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
 
-class UNetWithTextEncoders(torch.nn.Module):
+class DenoiserWithTextEncoders(torch.nn.Module):
     """What is trained with --train_text_encoder, in one forward pass, as DDP and gradient accumulation want it."""
 
-    def __init__(self, unet, text_encoders, encode, unet_inputs):
+    def __init__(self, denoiser, text_encoders, encode, denoiser_inputs):
         super().__init__()
-        self.unet, self.text_encoders = unet, torch.nn.ModuleList(text_encoders)
-        self._encode, self._unet_inputs = encode, unet_inputs
+        self.denoiser, self.text_encoders = denoiser, torch.nn.ModuleList(text_encoders)
+        self._encode, self._denoiser_inputs = encode, denoiser_inputs
 
-    def forward(self, noisy_latents, timesteps, captions, return_dict, **more):
-        inputs = self._unet_inputs(**self._encode(captions), **more)
-        return self.unet(noisy_latents, timesteps, **inputs, return_dict=return_dict)
+    def forward(self, noisy_latents, timestep, captions, return_dict, **more):
+        inputs = self._denoiser_inputs(noisy_latents, **self._encode(captions), **more)
+        return self.denoiser(noisy_latents, timestep, **inputs, return_dict=return_dict)
 
 
 def find_family(args):
     """The class for the model of the flags, which are checked against its configs, before any weights are loaded."""
     name, flag, hub = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", hub_flags(args)
-    index = load(DiffusionPipeline, name, flag, "load_config", **hub)
-    if index["_class_name"] not in args.pipelines:
-        raise UserError(
-            f"{flag} {name} is a {index['_class_name']}; this script finetunes {', '.join(args.pipelines)}."
-        )
-    unet_config = load(UNet2DConditionModel, name, flag, "load_config", subfolder="unet", **hub)
-    scheduler_config = load(DDPMScheduler, name, flag, "load_config", subfolder="scheduler", **hub)
+    index, scheduler_config = {}, {}
+    if name is not None:
+        index = load(DiffusionPipeline, name, flag, "load_config", **hub)
+        scheduler_config = load(DDPMScheduler, name, flag, "load_config", subfolder="scheduler", **hub)
+    family = FAMILIES[pipeline_name(args, index)]
+    denoiser_config = args.transformer_config
+    if denoiser_config is None:
+        denoiser_config = load(family.denoiser_class, name, flag, "load_config", subfolder=family.denoiser_name, **hub)
     if args.pretrained_vae_model_name_or_path:
         vae_config = given_vae_config(args)
     else:
         vae_config = load(AutoencoderKL, name, flag, "load_config", subfolder="vae", **hub)
-    check_configs(args, vae_config, unet_config, scheduler_config)
-    return FAMILIES[index["_class_name"]]
+    check_configs(args, index, vae_config, denoiser_config, scheduler_config)
+    return family
 
 
 def hub_flags(args):
@@ -401,6 +828,63 @@ def vae_source(args):
 
 def given_vae_config(args):
     return load(AutoencoderKL, vae_source(args), VAE_FLAG, "load_config", cache_dir=args.cache_dir)
+
+
+def prediction_type(scheduler):
+    """Also of the scheduler that knows flow matching alone."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return "flow_prediction"
+    return scheduler.config.prediction_type
+
+
+def new_scheduler(args):
+    """For a model from scratch: flow matching, or the noise schedule of METHOD: Stable Diffusion's."""
+    if args.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler()
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    return DDIMScheduler(**noise, set_alpha_to_one=False, steps_offset=1, prediction_type=args.prediction_type)
+
+
+def initialize(transformer):
+    """New weights as in Peebles & Xie 2023 (adaLN-Zero): every block starts as the identity, the output as zero."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            if re.search(r"norm\w*\.linear$|^proj_out", name):
+                torch.nn.init.zeros_(module.weight)
+            else:
+                torch.nn.init.xavier_uniform_(module.weight.data.flatten(1))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    return transformer
+
+
+def flow_sigmas(scheduler, sequence_length):
+    """The noise levels `[T]` of flow matching, from 1 / T to 1 before the family's own shift, which depends on the
+    number of tokens if the scheduler says so."""
+    config = scheduler.config
+    sigmas = torch.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
+    if config.get("use_dynamic_shifting"):
+        start, end = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        slope = (config.max_shift - config.base_shift) / (end - start)
+        return scheduler.time_shift(config.base_shift + slope * (sequence_length - start), 1.0, sigmas)
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def flow_timestep_weights(args, num_timesteps):
+    """How often each noise level is drawn before the shift, `[T]`, sums to 1 (Esser et al. 2024, Sec. 3.1).
+
+    From quantiles of the scheme's distribution. As in the Diffusers scripts, u counts from the noise to the image.
+    """
+    u = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
+    if args.weighting_scheme == "logit_normal":
+        u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(u))
+    elif args.weighting_scheme == "mode":
+        u = 1 - u - args.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    counts = torch.bincount((u * num_timesteps).long(), minlength=num_timesteps)
+    return (counts / len(u)).flip(0).float()
 
 
 def timestep_weights(args, num_timesteps):
@@ -442,6 +926,27 @@ def sample_noise(latents, generators, offset=0.0):
     return noise
 
 
+def check_lora_layers(denoiser, layers):
+    """Every name of --lora_layers must be the end of some module's. Raises UserError with those that come near."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+    for layer in layers:
+        if not any(name == layer or name.endswith(f".{layer}") for name in names):
+            ends = {".".join(name.split(".")[-n:]) for name in names for n in (1, 2, 3)}
+            ends = {end for end in ends if not end[0].isdigit()}
+            near = difflib.get_close_matches(layer, sorted(ends), n=4, cutoff=0.4) or sorted(ends)[:8]
+            raise UserError(f"--lora_layers {layer}: no module has a name like this; there are {', '.join(near)}.")
+
+
+def quantization_config(args):
+    """What --bnb_quantization_config_path says."""
+    settings = dict(args.bnb_quantization_config_path)
+    try:
+        return diffusers.BitsAndBytesConfig(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--bnb_quantization_config_path: {error}") from error
+
+
 def load(model_class, name, flag, method="from_pretrained", **kwargs):
     """Load from a folder or the Hub; what goes wrong there is the user's to mend, in one sentence."""
     try:
@@ -449,6 +954,18 @@ def load(model_class, name, flag, method="from_pretrained", **kwargs):
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{flag} {name} can't be loaded ({reason}): give a folder or a Hub id in reach.") from error
+
+
+def load_part(args, part, dtype=None):
+    """A model of diffusers, or the scheduler, from the pipeline of --pretrained_model_name_or_path."""
+    name, flag, hub = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", hub_flags(args)
+    part_class = getattr(diffusers, load(DiffusionPipeline, name, flag, "load_config", **hub)[part][1])
+    if part == "scheduler":
+        return load(part_class, name, flag, subfolder=part, **hub)
+    if args.dry_run:
+        config = load(part_class, name, flag, "load_config", subfolder=part, **hub)
+        return from_config_without_values(part_class, config, dtype)
+    return load(part_class, name, flag, subfolder=part, variant=args.variant, dtype=dtype, **hub)
 
 
 def load_without_values(pipeline_class, name, hub, dtype, **components):

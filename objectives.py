@@ -1,9 +1,15 @@
-"""The objectives that a script can be asked for: LPL from its flags, and what it is compared with (so far min-SNR)."""
+"""The objectives that a script can be asked for: LPL from its flags, and weights of the diffusion loss."""
+
+import math
+from functools import partial
 
 import torch
 
 from arguments import UserError
-from lpl_utils import LatentPerceptualLoss, sigma_gate
+from lpl_utils import LatentPerceptualLoss, calibrate, sigma_gate
+
+
+CALIBRATION_BATCHES = 16
 
 
 def make_lpl(args, vae, unscale=None):
@@ -30,6 +36,33 @@ def make_lpl(args, vae, unscale=None):
     return lpl
 
 
+def lpl_threshold(args):
+    """tau, the highest sigma / alpha to which LPL applies: in proportion to the resolution (Sec. 4.1)."""
+    return args.lpl_sigma_threshold * args.resolution / args.lpl_base_resolution
+
+
+def calibrate_lpl(accelerator, args, lpl, forward, batches):
+    """Measure what LPL's weight needs; nothing is trained, and the random state is as before.
+
+    Args:
+        forward: batch -> an object with `diffusion_loss` and `lpl_stats`; batches: an iterator.
+    """
+    accelerator.print(f"Measuring LPL on {CALIBRATION_BATCHES} batches.")
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        forwards = (forward(batch) for batch, _ in zip(batches, range(CALIBRATION_BATCHES)))
+        measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
+        share = args.lpl_target_share if args.lpl_weight == "auto" else None
+        try:
+            calibrate(lpl, measurements, share, partial(accelerator.reduce, reduction="sum"))
+        except ValueError as error:
+            raise UserError(f"{error}: raise --lpl_sigma_threshold, or give --lpl_weight a number.") from error
+    if args.lpl_weight != "auto":
+        lpl.weight = args.lpl_weight
+    omega = [round(weight, 5) for weight in lpl.omega.tolist()]
+    accelerator.print(f"LPL's weight is {lpl.weight:.5g}; its blocks' weights are {omega}.")
+
+
 def resume_lpl(args, lpl, state):
     """What calibration froze is not measured again; a number given now for `--lpl_weight` counts, though."""
     try:
@@ -44,6 +77,20 @@ def lpl_share(family, tau):
     """Share of the samples that LPL sees: those with sigma / alpha at most tau, as often as they are drawn."""
     weights = family.timestep_weights.double()
     return (weights[sigma_gate(family.alphas, family.sigmas, tau)].sum() / weights.sum()).item()
+
+
+def loss_weights(args, alpha, sigma, prediction_type):
+    """Per-sample weights `[B]` of the diffusion loss by the flags, or None: min-SNR, or those of Esser et al. 2024.
+
+    alpha, sigma: `[B]`.
+    """
+    if args.snr_gamma:
+        return min_snr_weight(alpha, sigma, args.snr_gamma, prediction_type)
+    if args.weighting_scheme == "sigma_sqrt":
+        return sigma**-2
+    if args.weighting_scheme == "cosmap":
+        return 2 / (math.pi * (alpha.square() + sigma.square()))  # 1 - 2 sigma + 2 sigma^2
+    return None
 
 
 def min_snr_weight(alpha, sigma, gamma, prediction_type):

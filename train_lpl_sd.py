@@ -7,7 +7,6 @@ The flags are those of Diffusers' train_text_to_image*.py scripts; those that st
 
 from arguments import (
     Parser,
-    UserError,
     add_data_arguments,
     add_diffusion_arguments,
     add_lora_arguments,
@@ -25,11 +24,11 @@ def parse_args(argv=None):
     parser.set_defaults(pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
     add_model_arguments(parser)
     add_data_arguments(parser)
-    add_training_arguments(parser, output_dir="sd-lpl-finetuned")
-    add_lora_arguments(parser)
+    add_training_arguments(parser, output_dir="sd-lpl-finetuned", xformers=True)
+    add_lora_arguments(parser, text_encoders=True)
     add_diffusion_arguments(parser)
     add_lpl_arguments(parser)
-    add_output_arguments(parser)
+    add_output_arguments(parser, guidance_scale=7.5)
     return parse_and_check(parser, argv)
 
 
@@ -48,36 +47,32 @@ from typing import NamedTuple
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks at import that torchvision is missing
 import torch
 
-from data_utils import all_captions, build_dataloader, cache_latents, make_stream
+from data_utils import build_dataloader, make_stream
 from dry_run import dry_run
-from lpl_utils import calibrate, compare_gradients, lpl_term, summarize
+from lpl_utils import compare_gradients, lpl_term, summarize
 from model_families import add_noise, find_family, sample_noise, training_target
-from objectives import lpl_share, make_lpl, min_snr_weight, resume_lpl
+from objectives import calibrate_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
 from train_utils import (
     DTYPES,
     Log,
+    cache,
     create_hub_repo,
-    draw_samples,
-    ema_weights,
+    draw,
+    finish,
     load_checkpoint,
     make_accelerator,
     make_ema,
     make_lr_scheduler,
     make_optimizer,
-    push_to_hub,
     register_checkpoint_models,
     sample_generators,
     save_checkpoint,
-    share_work,
     start_run,
     step_ema,
-    write_model_card,
 )
 
 
 logger = logging.getLogger(__name__)
-
-CALIBRATION_BATCHES = 16
 
 
 class Forward(NamedTuple):
@@ -92,7 +87,7 @@ class Forward(NamedTuple):
 
 
 def training_step(args, family, model, lpl, batch, max_samples=None):
-    """Noise a batch, let the UNet denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
+    """Noise a batch, let the model denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
     generators = sample_generators(args.seed, batch["positions"], purpose=0)
     device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
     timesteps = family.sample_timesteps(generators)
@@ -106,8 +101,8 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     model_pred = family.predict(model, noisy_latents, timesteps, conditioning)
     target = training_target(latents, noise, alpha, sigma, family.prediction_type)
     losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
-    if args.snr_gamma:
-        weights = min_snr_weight(alpha, sigma, args.snr_gamma, family.prediction_type)
+    weights = loss_weights(args, alpha, sigma, family.prediction_type)
+    if weights is not None:
         losses = losses * weights.to(losses.device, non_blocking=True)
     sample_losses = losses.detach()
 
@@ -128,75 +123,6 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
         chosen = lpl_stats["chosen"].to(losses.device, non_blocking=True)
         sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
     return Forward(losses.mean(), lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
-
-
-def cache(accelerator, args, family, stream):
-    """Encode ahead what the flags say; all processes share the work, and the encoders leave the device."""
-    share = partial(share_work, accelerator)
-    if args.cache_latents:
-        with torch.no_grad():
-            cache_latents(stream, family.encode_images, share)
-        family.place(encoder=False)
-    if args.cache_text_embeddings:
-        family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
-
-
-def lpl_threshold(args):
-    """tau, the highest sigma / alpha to which LPL applies: in proportion to the resolution (Sec. 4.1)."""
-    return args.lpl_sigma_threshold * args.resolution / args.lpl_base_resolution
-
-
-def calibrate_lpl(accelerator, args, family, model, lpl, batches):
-    """Measure what LPL's weight needs; nothing is trained, and the random state is as before."""
-    logger.info(f"Measuring LPL on {CALIBRATION_BATCHES} batches.")
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        forwards = (training_step(args, family, model, lpl, batch) for batch in islice(batches, CALIBRATION_BATCHES))
-        measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
-        share = args.lpl_target_share if args.lpl_weight == "auto" else None
-        try:
-            calibrate(lpl, measurements, share, partial(accelerator.reduce, reduction="sum"))
-        except ValueError as error:
-            raise UserError(f"{error}: raise --lpl_sigma_threshold, or give --lpl_weight a number.") from error
-    if args.lpl_weight != "auto":
-        lpl.weight = args.lpl_weight
-    logger.info(
-        f"LPL's weight is {lpl.weight:.5g}; its blocks' weights are {[round(w, 5) for w in lpl.omega.tolist()]}."
-    )
-
-
-def draw(accelerator, args, family, trained, ema, step):
-    """Validation images from the average weights, if there are any."""
-    if accelerator.is_main_process:
-        family.place(decoder=True)
-        family.model.eval()
-        with ema_weights(ema, trained):
-            draw_samples(accelerator, args, family.draw, step)
-        family.model.train()
-        family.place(decoder=args.lpl_weight != 0)
-    accelerator.wait_for_everyone()
-
-
-def finish(accelerator, args, family, trained, ema, optimizer):
-    """The result, with the average weights if there are any; then what its user does: load it, draw, share it."""
-    images = None
-    if accelerator.is_main_process:
-        with ema_weights(ema, trained):
-            family.save_result(args.output_dir)
-        optimizer.state.clear()  # its memory is free for what is drawn
-        if ema is not None:
-            ema.to("cpu")
-        loader = "load_lora_weights" if args.use_lora else "from_pretrained"
-        logger.info(f"Saved to {args.output_dir}; load it with {family.pipeline_class.__name__}.{loader}.")
-        if args.validation_prompts and not args.skip_final_inference:
-            pipe = family.load_result(args.output_dir)
-            final = lambda prompt, **settings: pipe(prompt, **settings).images[0]  # noqa: E731
-            images = draw_samples(accelerator, args, final, args.max_train_steps, title="final")
-        if args.push_to_hub:
-            write_model_card(args, family.pipeline_class.__name__, images)
-            logger.info(f"Uploaded to {push_to_hub(args)}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def main(args):
@@ -277,7 +203,8 @@ def main(args):
     while global_step < args.max_train_steps:
         step_lpl = lpl if global_step >= args.lpl_start_step else None
         if step_lpl is not None and lpl.weight is None:
-            calibrate_lpl(accelerator, args, family, model, lpl, batches(start_position=position))
+            forward = partial(training_step, args, family, model, lpl)
+            calibrate_lpl(accelerator, args, lpl, forward, batches(start_position=position))
 
         # One optimizer step, of several forward passes if gradients are accumulated.
         diagnostics = {}

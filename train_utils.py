@@ -12,8 +12,10 @@ import shlex
 import shutil
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -27,6 +29,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from arguments import UserError, complete_checkpoints, is_folder_name
+from data_utils import all_captions, cache_latents
 
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -94,6 +97,17 @@ def share_work(accelerator, items, compute, title):
     return results
 
 
+def cache(accelerator, args, family, stream):
+    """Encode ahead what the flags say; all processes share the work, and the encoders leave the device."""
+    share = partial(share_work, accelerator)
+    if args.cache_latents:
+        with torch.no_grad(), family.on_device("encoder"):
+            cache_latents(stream, family.encode_images, share)
+        family.place(encoder=False)
+    if args.cache_text_embeddings:
+        family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
+
+
 def make_optimizer(args, parameters, accelerator):
     """The optimizer of the flags; what it keeps in memory is in `optimizer_bytes`."""
     lr = args.learning_rate
@@ -145,7 +159,7 @@ def make_ema(args, family, parameters, default_decay):
     """A float32 average of the trained parameters; in bf16 a decay near 1 would never move it."""
     decay = default_decay if args.ema_decay is None else args.ema_decay
     device = "cpu" if args.offload_ema else parameters[0].device
-    model = {} if args.use_lora else {"model_cls": type(family.unet), "model_config": family.unet.config}
+    model = {} if args.use_lora else {"model_cls": type(family.denoiser), "model_config": family.denoiser.config}
     ema = EMAModel(parameters, decay, foreach=args.foreach_ema, **model)
     if not args.dry_run:
         ema.to(device=device, dtype=torch.float32)
@@ -175,13 +189,15 @@ def ema_weights(ema, parameters):
 
 
 def register_checkpoint_models(accelerator, family, ema):
-    """Checkpoints hold what `family.save_weights` writes, and the average: `unet_ema/`, or with LoRA `ema.bin`."""
+    """Checkpoints hold what `family.save_weights` writes, and the average: `unet_ema/` or `transformer_ema/`, or with
+    LoRA `ema.bin`."""
+    average = f"{family.denoiser_name}_ema"
 
     def save(models, weights, folder):
         if accelerator.is_main_process:
             family.save_weights(folder)
             if ema is not None and ema.model_cls is not None:
-                ema.save_pretrained(Path(folder, "unet_ema"))
+                ema.save_pretrained(Path(folder, average))
             elif ema is not None:
                 torch.save(ema.state_dict(), Path(folder, "ema.bin"))
         weights.clear()
@@ -193,7 +209,7 @@ def register_checkpoint_models(accelerator, family, ema):
             return
         device = ema.shadow_params[0].device
         if ema.model_cls is not None:
-            state = EMAModel.from_pretrained(Path(folder, "unet_ema"), ema.model_cls).state_dict()
+            state = EMAModel.from_pretrained(Path(folder, average), ema.model_cls).state_dict()
         else:
             state = torch.load(Path(folder, "ema.bin"), map_location="cpu", weights_only=True)
         ema.load_state_dict(state)
@@ -270,15 +286,45 @@ def start_run(accelerator, args, first_step):
     accelerator.init_trackers(args.tracker_project_name, settings)
 
 
-def draw_samples(accelerator, args, draw, step, title="validation"):
+def draw(accelerator, args, family, trained, ema, step):
+    """Validation images from the average weights, if there are any. All processes call this."""
+    if accelerator.is_main_process:
+        family.model.eval()
+        with ema_weights(ema, trained), family.on_device("decoder"):
+            draw_samples(accelerator, args, family, family.draw, step)
+        family.model.train()
+    accelerator.wait_for_everyone()
+
+
+def finish(accelerator, args, family, trained, ema, optimizer):
+    """The result, with the average weights if there are any; then what its user does: load it, draw, share it."""
+    images = None
+    if accelerator.is_main_process:
+        with ema_weights(ema, trained):
+            family.save_result(args.output_dir)
+        optimizer.state.clear()  # its memory is free for what is drawn
+        if ema is not None:
+            ema.to("cpu")
+        accelerator.print(f"Saved to {args.output_dir}; load it with {family.loader}.")
+        if args.validation_prompts and not args.skip_final_inference:
+            final = family.load_result(args.output_dir)
+            images = draw_samples(accelerator, args, family, final, args.max_train_steps, title="final")
+        if args.push_to_hub:
+            write_model_card(args, family, images)
+            accelerator.print(f"Uploaded to {push_to_hub(args)}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def draw_samples(accelerator, args, family, draw, step, title="validation"):
     """Images for every validation prompt, to the trackers and as a grid (a row per prompt) in `samples/`.
 
     The seeds are the same at every step, so that drawings can be compared; no other random state is touched.
     `draw` makes one PIL image of a prompt and the pipeline's settings. Returns the path of the grid.
     """
-    settings = {"height": args.resolution, "width": args.resolution}
-    settings |= {"num_inference_steps": args.validation_inference_steps}
-    settings |= {"guidance_scale": args.validation_guidance_scale}
+    settings = {**family.size_settings(args.resolution), "num_inference_steps": args.validation_inference_steps}
+    if args.validation_guidance_scale is not None:
+        settings["guidance_scale"] = args.validation_guidance_scale
     captions = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     seeds = [args.seed + i for _ in args.validation_prompts for i in range(args.num_validation_images)]
     generators = (torch.Generator().manual_seed(seed) for seed in seeds)
@@ -414,52 +460,72 @@ def hub_reason(error):
     return first_line(getattr(error, "server_message", None) or error).rstrip(".")
 
 
-def write_model_card(args, pipeline_class, images):
+def write_model_card(args, family, images):
     """A basic `README.md` in the output folder; `images` is the path of a grid of samples, or None."""
     sources = {"base_model": args.pretrained_model_name_or_path, "datasets": args.dataset_name}
     # The Hub refuses metadata with a name that is not an id.
     ids = {key: name for key, name in sources.items() if name and not is_folder_name(name)}
     if "base_model" in ids:
         ids["base_model_relation"] = "adapter" if args.use_lora else "finetune"
-    tags = ["text-to-image", "diffusers", "diffusers-training", "latent-perceptual-loss", *["lora"] * args.use_lora]
-    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **ids)
+    task = "text-to-image" if args.num_classes is None else "unconditional-image-generation"
+    tags = [task, "diffusers", "diffusers-training", "latent-perceptual-loss", *["lora"] * args.use_lora]
+    data = ModelCardData(library_name="diffusers", pipeline_tag=task, tags=tags, **ids)
 
     objective = "the diffusion loss alone"
     if args.lpl_weight != 0:
         objective = "the [Latent Perceptual Loss](https://arxiv.org/abs/2411.04873) besides the diffusion loss"
     what = "LoRA weights for" if args.use_lora else "Finetuned from"
     vae, dataset = args.pretrained_vae_model_name_or_path, args.dataset_name
-    text = f"{what} `{public_name(sources['base_model'])}`" + (f" with the VAE `{public_name(vae)}`" if vae else "")
+    if sources["base_model"]:
+        text = f"{what} `{public_name(sources['base_model'])}`"
+    else:
+        text = f"A {type(family.denoiser).__name__}, from scratch"
+    text += f" with the VAE `{public_name(vae)}`" if vae else ""
     text += f", trained on {f'`{public_name(dataset)}`' if dataset else 'a folder of images'} for "
     text += f"{args.max_train_steps} steps at {args.resolution} pixels with {objective}."
     sections = [f"---\n{data.to_yaml()}\n---", f"# {args.hub_model_id}", text]
     if images is not None:
         sections += [f"![samples]({images.relative_to(args.output_dir).as_posix()})"]
         sections += [f"Prompts, a row each: {'; '.join(args.validation_prompts)}."]
-    sections += [f"```python\n{code_of_card(args, pipeline_class)}\n```"]
+    sections += [f"```python\n{code_of_card(args, family)}\n```"]
     Path(args.output_dir, "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def code_of_card(args, pipeline_class):
+def code_of_card(args, family):
     """Python that loads the result from the Hub, as it was trained, and draws the first validation prompt."""
-    base, result, classes = args.pretrained_model_name_or_path, args.hub_model_id, {pipeline_class}
-    imports, lines = [], [f'pipe = {pipeline_class}.from_pretrained("{result}").to("cuda")']
-    if args.use_lora:
+    base, result = args.pretrained_model_name_or_path, args.hub_model_id
+    pipeline_class = family.pipeline_class.__name__
+    imports, classes = [], {pipeline_class}
+    if not args.use_lora and not hasattr(diffusers, pipeline_class):  # the pipeline's code is among the files
+        classes = {"DiffusionPipeline"}
+        lines = [f'pipe = DiffusionPipeline.from_pretrained("{result}", trust_remote_code=True).to("cuda")']
+    elif not args.use_lora:
+        lines = [f'pipe = {pipeline_class}.from_pretrained("{result}").to("cuda")']
+    else:
         base = f"path/to/{public_name(base)}" if is_folder_name(base) else base
         given = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
         given = "".join(f', {name}="{value}"' for name, value in given.items())
+        if not hasattr(diffusers, pipeline_class):
+            pipeline_class, classes = "DiffusionPipeline", {"DiffusionPipeline"}
+            given = ", trust_remote_code=True" + given
         # Without a dtype the text encoders would come in the precision of their files, the UNet in float32.
         imports = ["import torch"]
         lines = [f'pipe = {pipeline_class}.from_pretrained("{base}"{given}, dtype=torch.float32).to("cuda")']
-        lines += [f'pipe.load_lora_weights("{result}")']
+        if family.stock_lora:
+            lines += [f'pipe.load_lora_weights("{result}")']
+        else:
+            imports += ["from peft import PeftModel"]
+            lines += [f'PeftModel.from_pretrained(pipe.transformer, "{result}")']
         scheduler = Path(args.output_dir, "scheduler", "scheduler_config.json")
         if scheduler.exists():  # it is saved if training changed it
             scheduler_class = json.loads(scheduler.read_text())["_class_name"]
             classes.add(scheduler_class)
             lines += [f'pipe.scheduler = {scheduler_class}.from_pretrained("{result}", subfolder="scheduler")']
     if args.validation_prompts:
-        prompt, size = json.dumps(args.validation_prompts[0], ensure_ascii=False), args.resolution
-        lines += [f"image = pipe({prompt}, height={size}, width={size}).images[0]"]
+        prompt = json.dumps(family.prompt(args.validation_prompts[0]), ensure_ascii=False)
+        settings = {**family.size_settings(args.resolution), **family.sampling}
+        settings = "".join(f", {name}={value}" for name, value in settings.items())
+        lines += [f"image = pipe({prompt}{settings}).images[0]"]
     return "\n".join([*imports, f"from diffusers import {', '.join(sorted(classes))}", "", *lines])
 
 

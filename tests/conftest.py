@@ -36,36 +36,77 @@ def photos(tmp_path_factory):
     return build_photo_folder(tmp_path_factory.mktemp("photos"), n=10, size=72)
 
 
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory):
+    """family -> a tiny random pipeline of a transformer, for images of 64 pixels; built once."""
+    from tiny_transformers import build_tiny_pipeline
+
+    folder, built = tmp_path_factory.mktemp("transformers"), {}
+
+    def build(family):
+        if family not in built:
+            built[family] = build_tiny_pipeline(folder / family, family)
+        return built[family]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory):
+    """Eight small pictures of two classes that the tiny DiT knows: volcano (980) and golden retriever (207)."""
+    from tiny_models import build_photo_folder
+
+    folder = tmp_path_factory.mktemp("classes")
+    for name, seed in (("golden retriever", 1), ("volcano", 2)):
+        (build_photo_folder(folder / name, n=4, size=72, seed=seed) / "metadata.jsonl").unlink()
+    return folder
+
+
 @pytest.fixture
 def train(tiny_sd, photos, tmp_path):
     """Runs train_lpl_sd.py in this process and returns the output folder; flags as words, `name` its last part."""
-    from accelerate.state import AcceleratorState, GradientState
-
     import train_lpl_sd
 
     def run(*words, name="out", model=tiny_sd, data=("--train_data_dir", photos), steps=4):
-        output = tmp_path / name
-        flags = ["--pretrained_model_name_or_path", model, *data, "--output_dir", output, "--report_to", "none"]
-        flags += ["--resolution", 64, "--train_batch_size", 2, "--max_train_steps", steps, "--logging_steps", 1]
-        flags += ["--seed", 0] if "--resume_from_checkpoint" not in words else []
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        train_lpl_sd.main(train_lpl_sd.parse_args([str(word) for word in (*flags, *words)]))
-        return output
+        return run_script(train_lpl_sd, words, tmp_path / name, model, data, steps)
 
     return run
 
 
 @pytest.fixture
+def train_dit(photos, tmp_path):
+    """The same for train_lpl_dit.py; model None leaves the flag out."""
+    import train_lpl_dit
+
+    def run(*words, model, name="out", data=("--train_data_dir", photos), steps=3):
+        return run_script(train_lpl_dit, words, tmp_path / name, model, data, steps)
+
+    return run
+
+
+def run_script(script, words, output, model, data, steps):
+    from accelerate.state import AcceleratorState, GradientState
+
+    flags = [] if model is None else ["--pretrained_model_name_or_path", model]
+    flags += [*data, "--output_dir", output, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
+    flags += ["--max_train_steps", steps, "--logging_steps", 1]
+    flags += ["--seed", 0] if "--resume_from_checkpoint" not in words else []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script.main(script.parse_args([str(word) for word in (*flags, *words)]))
+    return output
+
+
+@pytest.fixture
 def train_on_two_processes(photos, tmp_path):
-    """Launches train_lpl_sd.py twice side by side, with `train`'s flags, and returns the output folder."""
+    """Launches a script twice side by side, with `train`'s flags, and returns the output folder."""
     import train_lpl_sd
 
-    def run(*words, model, steps):
+    def run(*words, model, steps, script=train_lpl_sd, data=photos):
         output = tmp_path / "two"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
         command += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-        command += [train_lpl_sd.__file__, "--pretrained_model_name_or_path", model, "--train_data_dir", photos]
+        command += [script.__file__, "--pretrained_model_name_or_path", model, "--train_data_dir", data]
         command += ["--output_dir", output, "--report_to", "none", "--resolution", 64, "--train_batch_size", 2]
         command += ["--max_train_steps", steps, "--logging_steps", 1, "--seed", 0, *words]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import build_photo_folder, photo_id
 
 import data_utils
 from arguments import UserError
@@ -19,9 +20,13 @@ from data_utils import (
     TrainingStream,
     all_captions,
     build_dataloader,
+    cache_latents,
     check_images,
+    check_labels,
+    labels_of,
     limit_samples,
     load_image,
+    read_class_folder,
     read_hub_dataset,
     read_image_folder,
     transform,
@@ -683,3 +688,243 @@ def test_no_image_left_is_an_error_not_an_endless_search(folder):
         stream[0]
     with pytest.raises(UserError, match="no image to train on; check --train_data_dir"):
         TrainingStream(check_images(samples, 100)[0], seed=5, resolution=8)
+
+
+# Class labels
+
+MODEL_CLASSES = {"tench": 0, "Tinca tinca": 0, "golden retriever": 207, "tabby cat": 281}  # as in DiT's id2label
+
+
+def make_images(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image_with_id(1).save(folder / name)
+    return str(folder)
+
+
+CLASS_FOLDERS = {  # sub-folders, class_ids, their labels, names
+    "digits": (["207", "08"], None, [207, 8], {8: "08", 207: "207"}),
+    "digits, of which the model knows some": (["0", "5"], MODEL_CLASSES, [0, 5], {0: "tench", 5: "5"}),
+    "the model's names": (["tabby cat", "Tinca tinca"], MODEL_CLASSES, [281, 0], {0: "Tinca tinca", 281: "tabby cat"}),
+    "other names": (["b", "a10", "a2", "Z"], None, [3, 1, 2, 0], {0: "Z", 1: "a10", 2: "a2", 3: "b"}),
+    "digits among names": (["b", "10", "9"], None, [2, 0, 1], {0: "10", 1: "9", 2: "b"}),
+}
+
+
+@pytest.mark.parametrize("case", CLASS_FOLDERS)
+def test_a_sub_folder_is_a_class(tmp_path, case):
+    classes, class_ids, labels, names = CLASS_FOLDERS[case]
+    for name in classes:
+        make_images(tmp_path, f"{name}/1.png", f"{name}/deep/3/2.jpg")
+    make_images(tmp_path, ".hidden/1.png")
+    expected = [
+        (str(tmp_path / name / image), label)
+        for name, label in zip(classes, labels)
+        for image in ("1.png", "deep/3/2.jpg")
+    ]
+    samples, class_names = read_class_folder(str(tmp_path), class_ids=class_ids)
+    assert samples == sorted(expected)
+    assert class_names == names
+
+
+def test_classes_that_the_model_has_no_name_for_are_numbered_with_a_warning(tmp_path, caplog):
+    folder = make_images(tmp_path, "rose/1.png", "lily/1.png")
+    assert [label for _, label in read_class_folder(folder, class_ids=MODEL_CLASSES)[0]] == [0, 1]
+    assert len(caplog.records) == 1 and "lily is class 0, ..., rose 1" in caplog.text
+
+
+LABEL_METADATA = {  # file, content, flags, labels of 1.png and 2.png, names
+    "jsonl": ("jsonl", '{"file_name": "2.png", "label": 3}\n{"file_name": "1.png", "label": 207}', {}, [207, 3]),
+    "csv": ("csv", "file_name,text,label\n2.png,two, 3\n1.png,one,207\n", {}, [207, 3]),
+    "other column": ("csv", "file_name,label,kind\n2.png,9,3\n1.png,9,207\n", {"label_column": "kind"}, [207, 3]),
+    "the model's names": (
+        "csv",
+        "file_name,label\n2.png,tench\n1.png,tabby cat\n",
+        {"class_ids": MODEL_CLASSES},
+        [281, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LABEL_METADATA)
+def test_labels_in_metadata_come_before_those_of_sub_folders(tmp_path, case):
+    kind, content, flags, labels = LABEL_METADATA[case]
+    folder = make_images(tmp_path / "photos", "77/1.png", "77/2.png")
+    (tmp_path / "photos" / "77" / f"metadata.{kind}").write_text(content)
+    samples, names = read_class_folder(folder, **flags)
+    assert samples == [(f"{folder}/77/{number}.png", label) for number, label in zip((1, 2), labels)]
+    assert names == ({281: "tabby cat", 0: "tench"} if "class_ids" in flags else {3: "3", 207: "207"})
+
+
+def test_parquet_labels_and_unused_images(tmp_path, caplog):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = make_images(tmp_path, "1.png", "2.png", "3.png")
+    table = pyarrow.table({"file_name": ["2.png", "1.png"], "label": [4, 5]})
+    pyarrow.parquet.write_table(table, tmp_path / "metadata.parquet")
+    assert read_class_folder(folder, class_ids=MODEL_CLASSES) == (
+        [(f"{folder}/1.png", 5), (f"{folder}/2.png", 4)],
+        {4: "4", 5: "5"},
+    )
+    assert len(caplog.records) == 1 and "1 of the images" in caplog.text and "3.png" in caplog.text
+
+
+BAD_LABELS = {  # the label of 2.png
+    "missing": "",
+    "null": ', "label": null',
+    "negative": ', "label": -1',
+    "fraction": ', "label": 3.0',
+    "truth value": ', "label": true',
+    "name": ', "label": "tench"',
+    "list": ', "label": [3]',
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, case):
+    folder = make_images(tmp_path, "1.png", "2.png")
+    rows = '{"file_name": "1.png", "label": 1}\n{"file_name": "2.png"%s}\n' % BAD_LABELS[case]
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    with pytest.raises(UserError, match="1 of the labels in column label .*2.png in .*metadata.jsonl.*--label_column"):
+        read_class_folder(folder)
+
+
+def test_errors_about_classes_name_the_place_and_the_remedy(tmp_path):
+    flat = make_images(tmp_path / "flat", "1.png")
+    with pytest.raises(UserError, match="--train_data_dir .*flat has no classes.*; put every .*, or write a metadata"):
+        read_class_folder(flat)
+    with pytest.raises(UserError, match="--label_column kind does not apply to --train_data_dir .*no metadata.*leave"):
+        read_class_folder(flat, label_column="kind")
+    with pytest.raises(UserError, match="--image_column photo does not apply"):
+        read_class_folder(flat, image_column="photo")
+    write_jsonl(tmp_path / "flat" / "metadata.jsonl", [{"file_name": "1.png", "text": "a", "kind": 2}])
+    with pytest.raises(UserError, match="no label column label; choose .*--label_column: text, kind; or remove"):
+        read_class_folder(flat)
+    write_jsonl(tmp_path / "flat" / "metadata.jsonl", [{"file_name": "gone.png", "label": 2}])
+    with pytest.raises(UserError, match="name a file that is not there .first: gone.png"):
+        read_class_folder(flat)
+    stray = make_images(tmp_path / "stray", "a/1.png", "z.png", "y.png")
+    with pytest.raises(UserError, match="2 of the images lie outside .*stray .first: .*stray/y.png.; move them"):
+        read_class_folder(stray)
+
+
+def test_names_of_which_the_model_knows_only_some_are_refused_with_what_may_be_meant(tmp_path):
+    folder = make_images(tmp_path, "golden retriver/1.png", "qqq/1.png", "tench/1.png")
+    sentence = r"knows 1 of the 3 classes .*, but not golden retriver \(golden retriever\?\), qqq; use the model's"
+    with pytest.raises(UserError, match=sentence):
+        read_class_folder(folder, class_ids=MODEL_CLASSES)
+    rows = [{"file_name": "tench/1.png", "label": "tench"}, {"file_name": "qqq/1.png", "label": "tabby cats"}]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    with pytest.raises(UserError, match=r"knows 1 of the 2 classes .*, but not tabby cats \(tabby cat\?\);"):
+        read_class_folder(folder, class_ids=MODEL_CLASSES)
+
+
+@pytest.fixture
+def labelled(dataset, tmp_path):
+    """Reads the fixture `dataset` with the classes of its six rows in a column `label` of the given type."""
+    import datasets
+
+    def read(kind, values, **flags):
+        rows = dataset.select_columns(["text", "image"])
+        rows = rows.add_column("label", values, feature=datasets.Features({"label": kind})["label"])
+        path = str(tmp_path / f"{len(os.listdir(tmp_path))}.parquet")
+        rows.to_parquet(path)
+        return read_hub_dataset(path, cache_dir=str(tmp_path / "cache"), **flags)
+
+    return read
+
+
+def test_labels_of_datasets(labelled):
+    from datasets import ClassLabel, Value
+
+    samples = labelled(Value("int32"), [5, 0, 9, 0, 5, 1], label_column="label", class_ids=MODEL_CLASSES)
+    assert labels_of(samples) == [5, 0, 9, 0, 5, 1]
+    assert samples.names == {0: "tench", 1: "1", 5: "5", 9: "9"}
+    three = limit_samples(samples, 3, seed=7)
+    rows = np.random.default_rng(7).permutation(6)[:3]
+    assert labels_of(three) == [[5, 0, 9, 0, 5, 1][row] for row in rows] == [three[index][1] for index in range(3)]
+    assert [load_image(three[index][0]).getpixel((0, 0))[0] for index in range(3)] == list(rows)
+
+    samples = labelled(ClassLabel(names=["ant", "bee", "cow"]), [2, 0, 2, 0, 2, 0], label_column="label")
+    assert (labels_of(samples), samples.names) == ([2, 0, 2, 0, 2, 0], {0: "ant", 2: "cow"})
+    assert samples[2][1] == 2
+
+    names = ["tench", "tabby cat"] * 3
+    samples = labelled(Value("string"), names, label_column="label", class_ids=MODEL_CLASSES)
+    assert (labels_of(samples), samples.names) == ([0, 281] * 3, {0: "tench", 281: "tabby cat"})
+    assert samples[1][1] == 281
+    assert labelled(Value("string"), names)[1][1] == "photo 1"  # without the flag: captions, as before
+
+
+def test_labels_of_datasets_that_are_no_classes(labelled):
+    from datasets import ClassLabel, Value
+
+    with pytest.raises(UserError, match="has no column kind for --label_column; .*: text, image, label"):
+        labelled(Value("int64"), [0] * 6, label_column="kind")
+    for kind, values, first in (
+        (ClassLabel(num_classes=3), [0, 1, -1, 2, -1, 0], "-1 for row 2"),  # as in test sets without labels
+        (Value("float32"), [0.0] * 6, "0.0 for row 0"),
+        (Value("string"), ["cat"] * 6, "'cat' for row 0"),
+        (Value("int64"), [0, 1, 2, None, 4, 5], "None for row 3"),
+    ):
+        with pytest.raises(UserError, match=f"of the labels in column label .*first: {first}.*--label_column"):
+            labelled(kind, values, label_column="label")
+    with pytest.raises(UserError, match="knows 1 of the 2 classes .* but not cat"):
+        labelled(Value("string"), ["cat", "tench"] * 3, label_column="label", class_ids=MODEL_CLASSES)
+
+
+def test_a_label_beyond_the_models_classes_is_refused_with_the_first_image(labelled):
+    from datasets import Value
+
+    samples = [("a.png", 0), ("b.png", 10), ("c.png", 9), ("d.png", 11)]
+    check_labels(samples, 12)
+    with pytest.raises(UserError, match="2 of the labels .* model's 10 classes, 0 to 9 .first: 10 for b.png.; corr"):
+        check_labels(samples, 10)
+    samples = labelled(Value("int64"), [0, 1, 2, 3, 4, 5], label_column="label")
+    check_labels(samples, 6)
+    with pytest.raises(UserError, match="1 of the labels .*5 classes.*first: 5 for row 5 of the dataset"):
+        check_labels(samples, 5)
+
+
+@pytest.fixture
+def classified(tmp_path):
+    """36 photos, photo i in the class sub-folder i % 4."""
+    photos, classes = build_photo_folder(tmp_path / "photos", 36, 16), tmp_path / "classes"
+    for number, photo in enumerate(sorted(photos.glob("*.png"))):
+        (classes / str(number % 4)).mkdir(parents=True, exist_ok=True)
+        photo.rename(classes / str(number % 4) / photo.name)
+    return TrainingStream(read_class_folder(str(classes))[0], seed=3, resolution=16, random_flip=True)
+
+
+def test_every_image_keeps_its_label_and_labels_are_dropped_by_step_at_the_given_rate(classified):
+    classified.proportion_empty_prompts = 0.2
+    batches = take(build_dataloader(classified, 8, num_workers=1), 450)  # 100 epochs
+    labels = [label for batch in batches for label in batch["captions"]]
+    photos = [photo_id(pixels) for batch in batches for pixels in batch["pixel_values"]]
+    assert {type(label) for label in labels} == {int, str}
+    assert all(label in (photo % 4, "") for label, photo in zip(labels, photos))
+    dropped = np.array([label == "" for label in labels])
+    assert abs(dropped.mean() - 0.2) < 4 * (0.2 * 0.8 / 3600) ** 0.5  # four standard errors
+    for photo in range(36):  # 100 times each: dropped now and then, never always
+        assert 4 <= dropped[np.array(photos) == photo].sum() <= 36  # 20, by four standard errors of 4
+    assert all_captions(classified) == {"", 0, 1, 2, 3}
+
+
+def test_labels_stay_with_cached_latents(classified):
+    import torch
+
+    classified.center_crop = True
+    cache_latents(classified, torch.clone, lambda items, make, _: [make(item) for item in items])
+    for batch in take(build_dataloader(classified, 8), 9):
+        assert batch["captions"] == [photo_id(pixels) % 4 for pixels in batch["posteriors"]]
+
+
+def test_labels_of_a_dataset_stay_with_their_images(labelled):
+    from datasets import Value
+
+    samples = labelled(Value("int64"), [5, 0, 9, 0, 5, 1], label_column="label")
+    stream = TrainingStream(limit_samples(samples, 5, seed=1), seed=0, resolution=8)
+    for batch in take(build_dataloader(stream, 4, num_workers=1), 5):
+        assert batch["captions"] == [[5, 0, 9, 0, 5, 1][number] for number in ids(batch)]
+        assert {type(label) for label in batch["captions"]} == {int}  # the loader makes tensors of numpy's integers

@@ -79,7 +79,7 @@ def count_real_run(run, monkeypatch):
                 "decoder": [vae.decoder, vae.post_quant_conv],
                 "text_encoders": family.text_encoders.values(),
             }
-            there["weights"] = module_sizes([family.unet, *itertools.chain(*(parts[name] for name in on_device))])
+            there["weights"] = module_sizes([family.denoiser, *itertools.chain(*(parts[name] for name in on_device))])
             there["ema"] = sum(p.numel() * p.element_size() for p in ema.shadow_params) if ema is not None else 0
             register(accelerator, family, ema)
 

@@ -114,7 +114,7 @@ def test_rank_alpha_and_layers_are_saved_with_the_weights(train, tiny_sdxl):
 
 
 def test_layers_that_are_not_there_are_refused(train):
-    with pytest.raises(UserError, match="--lora_layers to_z: .*to_z"):
+    with pytest.raises(UserError, match="--lora_layers to_z: no module .* there are .*to_q"):
         train("--use_lora", "--lora_layers", "to_z")
 
 
@@ -172,8 +172,8 @@ def test_the_unet_of_sdxl_is_called_as_the_pipeline_calls_it(tiny_sdxl, photos, 
     args = train_lpl_sd.parse_args(words(tiny_sdxl, photos, tmp_path, "--proportion_empty_prompts", 0.5))
     family = train_lpl_sd.find_family(args)(args, torch.device("cpu"), torch.float32, torch.float32)
     calls = []
-    family.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, unet=family.unet)
+    family.denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, unet=family.denoiser)
     pipe.set_progress_bar_config(disable=True)
     sizes = {"original_size": (480, 640), "crops_coords_top_left": (3, 5), "target_size": (64, 64)}
     pipe("a red fox", num_inference_steps=1, height=64, width=64, **sizes)
@@ -182,7 +182,7 @@ def test_the_unet_of_sdxl_is_called_as_the_pipeline_calls_it(tiny_sdxl, photos, 
     batch = {"captions": ["", "a red fox"], "original_sizes": torch.tensor([[480, 640]] * 2)}
     batch["crop_top_lefts"] = torch.tensor([[3, 5]] * 2)
     conditioning = family.conditioning(batch)  # a dropped caption is what guidance starts from
-    family.predict(family.unet, latents, timestep.repeat(2).long(), conditioning)
+    family.predict(family.denoiser, latents, timestep.repeat(2).long(), conditioning)
     _, ours = calls[-1]
     torch.testing.assert_close(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
     for name in ("text_embeds", "time_ids"):

@@ -44,15 +44,15 @@ def test_noise_target_and_estimate_are_those_of_the_scheduler(tmp_path, photos, 
 def test_the_unet_is_called_as_the_pipeline_calls_it(tiny_sd, photos, tmp_path):
     family = load_family(tiny_sd, photos, tmp_path / "out")
     calls = []
-    family.unet.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, unet=family.unet)
+    family.denoiser.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, unet=family.denoiser)
     pipe("a red fox", num_inference_steps=2, guidance_scale=1.0, height=64, width=64)
     (latents, timestep), theirs = calls[0]
     alpha, _ = family.noise_levels(timestep.cpu().reshape(1))
     assert alpha.item() == pytest.approx(pipe.scheduler.alphas_cumprod[timestep].sqrt().item())
-    family.predict(family.unet, latents, timestep.reshape(1), family.encode_prompts(["a red fox"]))
-    (ours_latents, ours_timestep), ours = calls[-1]
-    assert torch.equal(ours_latents, latents) and ours_timestep.item() == timestep.item()
+    family.predict(family.denoiser, latents, timestep.reshape(1), family.encode_prompts(["a red fox"]))
+    (ours_latents,), ours = calls[-1]
+    assert torch.equal(ours_latents, latents) and ours["timestep"].item() == timestep.item()
     assert torch.equal(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
 
 

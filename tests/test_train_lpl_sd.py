@@ -186,7 +186,7 @@ def test_a_gate_that_nothing_passes_is_refused(train):
 def test_a_base_model_that_is_gone_does_not_cost_the_result(train, tmp_path, monkeypatch):
     model = build_tiny_sd(tmp_path / "model")
     monkeypatch.setattr(train_lpl_sd.Log, "step", lambda self, *_: shutil.rmtree(model, ignore_errors=True))
-    with pytest.raises(UserError, match="the UNet is saved in .*unet, the rest of the pipeline not"):
+    with pytest.raises(UserError, match="what was trained is saved in .*unet, the rest of the pipeline not"):
         train("--lpl_weight", 0, model=model)
     UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
 

@@ -19,53 +19,82 @@ def build_tiny_vae(
     seed=0,
     block_out_channels=(8, 16, 16, 16),
     latent_channels=4,
-    scaling_factor=0.18215,
+    scaling_factor=None,
     layers_per_block=1,
     norm_num_groups=4,
     sample_size=32,
     **config,
 ):
-    """A random VAE in eval mode whose decoder has a mid block and `len(block_out_channels)` up blocks (4: factor 8).
+    """A random VAE in eval mode whose decoder has `len(block_out_channels)` up blocks (4: factor 8).
 
-    kind: "AutoencoderKL" or "AsymmetricAutoencoderKL" (a decoder twice as wide as the encoder, as in the paper's).
+    kind: "AutoencoderKL", "AsymmetricAutoencoderKL" (a decoder twice as wide as the encoder, as in the paper's): with
+        a mid block. "AutoencoderTiny" (as wide everywhere as the first of `block_out_channels`), "AutoencoderDC" (the
+        coarse half of the decoder has linear attention, the fine half batch norms): without.
     post_quant_conv, shift_factor: only AutoencoderKL can do without the one or with the other.
+    scaling_factor: by default that of SD's, of TAESD or of Sana's VAE.
+    norm_num_groups, sample_size: of the first two kinds alone.
     """
-    from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+    import diffusers
 
+    if kind != "AutoencoderKL" and (not post_quant_conv or shift_factor is not None):
+        raise ValueError(f"{kind} takes neither post_quant_conv=False nor a shift factor.")
     depth = len(block_out_channels)
-    shared = {
-        "latent_channels": latent_channels,
-        "scaling_factor": scaling_factor,
-        "norm_num_groups": norm_num_groups,
-        "sample_size": sample_size,
-        "down_block_types": ("DownEncoderBlock2D",) * depth,
-        "up_block_types": ("UpDecoderBlock2D",) * depth,
-        **config,
-    }
+    scaling_factor = scaling_factor or {"AutoencoderTiny": 1.0, "AutoencoderDC": 0.41407}.get(kind, 0.18215)
+    shared = {"latent_channels": latent_channels, "scaling_factor": scaling_factor}
+    if kind in ("AutoencoderKL", "AsymmetricAutoencoderKL"):
+        shared |= {
+            "norm_num_groups": norm_num_groups,
+            "sample_size": sample_size,
+            "down_block_types": ("DownEncoderBlock2D",) * depth,
+            "up_block_types": ("UpDecoderBlock2D",) * depth,
+        }
+    if kind == "AutoencoderKL":
+        shared |= {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "shift_factor": shift_factor,
+            "use_quant_conv": post_quant_conv,
+            "use_post_quant_conv": post_quant_conv,
+            "force_upcast": False,
+        }
+    elif kind == "AsymmetricAutoencoderKL":
+        shared |= {
+            "down_block_out_channels": block_out_channels,
+            "layers_per_down_block": layers_per_block,
+            "up_block_out_channels": tuple(2 * channels for channels in block_out_channels),
+            "layers_per_up_block": layers_per_block,
+        }
+    elif kind == "AutoencoderTiny":  # the last block of each stage is the one that matters: the decoder has two
+        shared |= {
+            "encoder_block_out_channels": block_out_channels[:1] * depth,
+            "decoder_block_out_channels": block_out_channels[:1] * depth,
+            "num_encoder_blocks": (layers_per_block,) * depth,
+            "num_decoder_blocks": (layers_per_block + 1,) * (depth - 1) + (1,),
+        }
+    elif kind == "AutoencoderDC":
+        fine, coarse = (depth + 1) // 2, depth // 2
+        shortcut = block_out_channels[-1] % latent_channels == 0  # it repeats the latents' channels
+        shared |= {
+            "attention_head_dim": 8,
+            "encoder_block_out_channels": block_out_channels,
+            "decoder_block_out_channels": block_out_channels,
+            "encoder_layers_per_block": (layers_per_block,) * depth,
+            "decoder_layers_per_block": (layers_per_block,) * depth,
+            "encoder_qkv_multiscales": ((),) * depth,
+            "decoder_qkv_multiscales": ((),) * fine + ((5,),) * coarse,
+            "decoder_block_types": ("ResBlock",) * fine + ("EfficientViTBlock",) * coarse,
+            "decoder_norm_types": ("batch_norm",) * fine + ("rms_norm",) * coarse,
+            "decoder_act_fns": ("relu",) * fine + ("silu",) * coarse,
+            "encoder_out_shortcut": shortcut,
+            "decoder_in_shortcut": shortcut,
+        }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "AutoencoderKL":
-            vae = AutoencoderKL(
-                block_out_channels=block_out_channels,
-                layers_per_block=layers_per_block,
-                shift_factor=shift_factor,
-                use_quant_conv=post_quant_conv,
-                use_post_quant_conv=post_quant_conv,
-                force_upcast=False,
-                **shared,
-            )
-        elif kind == "AsymmetricAutoencoderKL":
-            if not post_quant_conv or shift_factor is not None:
-                raise ValueError("AsymmetricAutoencoderKL always has post_quant_conv and never a shift factor.")
-            vae = AsymmetricAutoencoderKL(
-                down_block_out_channels=block_out_channels,
-                layers_per_down_block=layers_per_block,
-                up_block_out_channels=tuple(2 * channels for channels in block_out_channels),
-                layers_per_up_block=layers_per_block,
-                **shared,
-            )
-        else:
-            raise ValueError(f"Unknown kind {kind!r}.")
+        vae = getattr(diffusers, kind)(**{**shared, **config})
+        for module in vae.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # statistics that no batch has: train mode shows
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.02, 0.5)
     return vae.eval()
 
 

@@ -1,0 +1,256 @@
+"""Finetune diffusion transformers (DiT, SD3, PixArt, Sana, FLUX.1), or train one, with the Latent Perceptual Loss.
+
+    accelerate launch train_lpl_dit.py --pretrained_model_name_or_path MODEL --train_data_dir PHOTOS --output_dir OUT
+
+The flags are those of the Diffusers scripts; those that start with --lpl_ are new.
+"""
+
+from arguments import (
+    Parser,
+    add_data_arguments,
+    add_diffusion_arguments,
+    add_lora_arguments,
+    add_lpl_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_training_arguments,
+    run,
+)
+from arguments import parse_args as parse_and_check
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.set_defaults(
+        pipelines=(
+            "DiTPipeline",
+            "StableDiffusion3Pipeline",
+            "PixArtAlphaPipeline",
+            "PixArtSigmaPipeline",
+            "SanaPipeline",
+            "FluxPipeline",
+            "ClassConditionalPipeline",
+        )
+    )
+    add_model_arguments(parser, transformers=True)
+    add_data_arguments(parser, labels=True)
+    add_training_arguments(parser, output_dir="dit-lpl-finetuned")
+    add_lora_arguments(parser)
+    add_diffusion_arguments(parser, flow=True)
+    add_lpl_arguments(parser)
+    add_output_arguments(parser)
+    return parse_and_check(parser, argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the libraries below take their seconds: --help and a wrong flag answer at once
+
+# ruff: noqa: E402
+import logging
+import math
+import os
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks at import that torchvision is missing
+import torch
+
+from data_utils import build_dataloader, make_stream
+from dry_run import dry_run
+from lpl_utils import compare_gradients, lpl_term, summarize
+from model_families import add_noise, find_family, sample_noise, training_target
+from objectives import calibrate_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
+from train_utils import (
+    DTYPES,
+    Log,
+    cache,
+    create_hub_repo,
+    draw,
+    finish,
+    load_checkpoint,
+    make_accelerator,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    register_checkpoint_models,
+    sample_generators,
+    save_checkpoint,
+    start_run,
+    step_ema,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+class Forward(NamedTuple):
+    """What one forward pass leaves behind."""
+
+    diffusion_loss: torch.Tensor  # [], mean over the batch
+    lpl_loss: torch.Tensor  # [], before its weight; 0 without LPL
+    lpl_stats: dict
+    model_pred: torch.Tensor  # [B, C, h, w]
+    sample_losses: torch.Tensor  # [B], both terms, to find the sample that is not finite
+    noise_levels: torch.Tensor  # [B], sigma / alpha, on the CPU
+
+
+def training_step(args, family, model, lpl, batch, max_samples=None):
+    """Noise a batch, let the model denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
+    generators = sample_generators(args.seed, batch["positions"], purpose=0)
+    device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
+    timesteps = family.sample_timesteps(generators)
+    alpha, sigma = family.noise_levels(timesteps)
+    with torch.no_grad():
+        conditioning = family.conditioning(batch)
+        latents = family.latents(batch, device_generators)
+        noise = sample_noise(latents, device_generators, args.noise_offset)
+    noisy_latents = add_noise(latents, noise, alpha, sigma)
+
+    model_pred = family.predict(model, noisy_latents, timesteps, conditioning)
+    target = training_target(latents, noise, alpha, sigma, family.prediction_type)
+    losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
+    weights = loss_weights(args, alpha, sigma, family.prediction_type)
+    if weights is not None:
+        losses = losses * weights.to(losses.device, non_blocking=True)
+    sample_losses = losses.detach()
+
+    lpl_loss, lpl_stats = torch.zeros_like(losses[0]), {}
+    if lpl is not None:
+        lpl_loss, lpl_stats = lpl_term(
+            lpl,
+            model_pred,
+            z_t=noisy_latents,
+            z0=latents,
+            alpha=alpha,
+            sigma=sigma,
+            prediction_type=family.prediction_type,
+            tau=lpl_threshold(args),
+            max_samples=max_samples,
+            generator=generators[0],
+        )
+        chosen = lpl_stats["chosen"].to(losses.device, non_blocking=True)
+        sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
+    return Forward(losses.mean(), lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
+
+
+def main(args):
+    accelerator = make_accelerator(args)
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    use_lpl = args.lpl_weight != 0
+    if not use_lpl and set(args.given_lpl_flags) - {"--lpl_weight"}:
+        logger.warning("--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect.")
+
+    if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
+        logger.warning(f"--learning_rate {args.learning_rate} is low for Prodigy, which finds its own: leave it at 1.")
+
+    family_class = find_family(args)
+    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
+        create_hub_repo(args)
+
+    # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
+    stream = make_stream(args)
+    shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    batches = partial(
+        build_dataloader, stream, args.train_batch_size, **shard, num_workers=args.dataloader_num_workers
+    )
+    global_batch = args.train_batch_size * accelerator.num_processes
+    samples_per_step = global_batch * args.gradient_accumulation_steps
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * stream.num_samples / samples_per_step)
+    if args.validation_steps is None:
+        steps_per_epoch = math.ceil(stream.num_samples / samples_per_step)
+        args.validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else 500
+
+    # The models: one to train, and what is frozen around it.
+    weight_dtype = DTYPES[accelerator.mixed_precision]
+    default_vae_dtype = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    vae_dtype = DTYPES[default_vae_dtype if args.vae_dtype == "auto" else args.vae_dtype]
+    family = family_class(args, accelerator.device, weight_dtype, vae_dtype)
+    if args.snr_gamma and family.alphas[-1] == 0:
+        logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
+
+    if not args.dry_run:
+        cache(accelerator, args, family, stream)
+
+    # The perceptual loss: the frozen decoder, hooked.
+    lpl = None
+    if use_lpl:
+        lpl = make_lpl(args, family.vae)
+        tau = lpl_threshold(args)
+        logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
+
+    # Optimizer, schedule, average weights.
+    trained = [p for p in family.model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(args, trained, accelerator)
+    lr_scheduler = make_lr_scheduler(args, optimizer)
+    placement = [False, False] if args.dry_run else None
+    model, optimizer = accelerator.prepare(family.model.train(), optimizer, device_placement=placement)
+    ema = make_ema(args, family, trained, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
+    if args.dry_run:
+        tau, batch = lpl_threshold(args), next(batches())
+        return dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step)
+
+    # Where to start.
+    register_checkpoint_models(accelerator, family, ema)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    global_step, position = 0, 0  # optimizer steps done, samples consumed
+    if args.resume_from_checkpoint:
+        state = load_checkpoint(accelerator, args.resume_from_checkpoint, num_samples=stream.num_samples)
+        global_step, position = state["step"], state["position"]
+        if lpl is not None and state["lpl"]:
+            resume_lpl(args, lpl, state["lpl"])
+    start_run(accelerator, args, global_step)
+    logger.info(
+        f"{stream.num_samples} samples; {args.max_train_steps} steps of {args.train_batch_size} samples x "
+        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} forward passes; seed {args.seed}."
+    )
+
+    log = Log(accelerator, args, global_step)
+    dataloader = batches(start_position=position)
+    while global_step < args.max_train_steps:
+        step_lpl = lpl if global_step >= args.lpl_start_step else None
+        if step_lpl is not None and lpl.weight is None:
+            forward = partial(training_step, args, family, model, lpl)
+            calibrate_lpl(accelerator, args, lpl, forward, batches(start_position=position))
+
+        # One optimizer step, of several forward passes if gradients are accumulated.
+        diagnostics = {}
+        for batch in islice(dataloader, args.gradient_accumulation_steps):
+            with accelerator.accumulate(model):
+                forward = training_step(args, family, model, step_lpl, batch, args.lpl_max_samples)
+                terms = {"l2": forward.diffusion_loss}
+                if step_lpl is not None:
+                    terms["lpl"] = lpl.weight * forward.lpl_loss
+                    if accelerator.sync_gradients and log.is_due(global_step + 1):
+                        diagnostics = compare_gradients(forward.model_pred, *terms.values())
+                        diagnostics |= summarize(forward.lpl_stats)
+                loss = sum(terms.values())
+                log.add(terms, forward.sample_losses, forward.noise_levels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    losses = log.reduce(global_step)  # stops here if they are not finite, before the weights move
+                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            position += global_batch
+        global_step += 1
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema is not None:
+                step_ema(ema, trained)
+        log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
+
+        if global_step % args.checkpointing_steps == 0:
+            state = {"step": global_step, "position": position, "seed": args.seed, "num_samples": stream.num_samples}
+            save_checkpoint(accelerator, args, {**state, "lpl": lpl.state_dict() if lpl is not None else None})
+        if args.validation_prompts and global_step % args.validation_steps == 0:
+            draw(accelerator, args, family, trained, ema, global_step)
+
+    finish(accelerator, args, family, trained, ema, optimizer)
+
+
+if __name__ == "__main__":
+    run(main, args)
