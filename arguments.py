@@ -19,7 +19,10 @@ class UserError(ValueError):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows the defaults that say something, and what kind of value a flag takes instead of its name again."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", number: "X", auto_or_number: "auto|X", boolean: "true|false"}.get(action.type, "TEXT")
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -29,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one sentence instead of a page of usage."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter}
+        super().__init__(description=description, allow_abbrev=False, **settings)
 
     def error(self, message):
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -101,19 +105,20 @@ def add_data_arguments(parser, labels=False):
     sources = "image folder with metadata.jsonl, .csv or .parquet (file_name and a caption column)"
     if labels:
         sources += ", or for class-conditional models one sub-folder per class"
-        add("--label_column", help="column with the class labels of class-conditional models, by default label")
     add("--train_data_dir", help=sources)
     add("--dataset_name", help="Hub id or local folder of a datasets dataset")
     add("--dataset_config_name", help="configuration of that dataset")
     add("--image_column", help="column with the images")
     add("--caption_column", help="column with the captions, strings or lists to choose from; by default text or the "
         "only column that can be meant")
+    if labels:
+        add("--label_column", help="column with the class labels of class-conditional models, by default label")
     add("--max_train_samples", type=int, help="use this many samples only")
     add("--max_bad_images", type=int, default=0, help="unreadable images to leave out before giving up")
     add("--proportion_empty_prompts", type=number, help="share of captions dropped, drawn at each step; 0.1, the "
         "default for class labels, keeps classifier-free guidance working; else 0")
-    add("--resolution", type=int, help="side of the training images in pixels; by default 1024 for SDXL, what "
-        "class-conditional models are made for, else 512")
+    add("--resolution", type=int, help="side of the training images in pixels; by default " + ("what "
+        "class-conditional models are made for, else 512" if labels else "1024 for SDXL, else 512"))
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", default="lanczos", help="how images are resized",
@@ -191,8 +196,8 @@ def add_diffusion_arguments(parser, flow=False):
         help="what the model predicts; by default what the checkpoint's scheduler says")
     if flow:
         add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], help="flow "
-            "matching: how noise levels are drawn (logit_normal, mode) before the family's own shift, or weighted in the "
-            "loss (sigma_sqrt, cosmap); by default logit_normal for SD3, mode for class labels, else none")
+            "matching: how noise levels are drawn (logit_normal, mode) before the family's own shift, or weighted in "
+            "the loss (sigma_sqrt, cosmap); by default logit_normal for SD3, mode for class labels, else none")
         add("--logit_mean", type=number, default=0.0, help="mean of logit_normal; positive means less noise")
         add("--logit_std", type=number, default=1.0, help="standard deviation of logit_normal")
         add("--mode_scale", type=number, default=1.29, help="how strongly mode favours the middle")
@@ -269,16 +274,48 @@ def add_output_arguments(parser, guidance_scale=None):
 # Flags of the Diffusers scripts that a script here may not have, and what to do instead.
 FLOW = "belongs to flow-matching transformers: here, timesteps are weighted with --snr_gamma and drawn with "
 FLOW += "--timestep_bias_strategy"
+PRIOR = "belongs to prior preservation, which is not there yet: put pictures of the class, with captions, into "
+PRIOR += "--train_data_dir, or change less with --use_lora and a small --rank"
+FLUX2 = "belongs to FLUX.2, which is not there yet: leave it out; captions can be encoded once, before training, with "
+FLUX2 += "--cache_text_embeddings"
+RANK = "is not needed: leave it out and start with `accelerate launch`, which numbers the processes"
 REFUSED = {
+    "--instance_data_dir": "is --train_data_dir here: a folder of images, with a caption for each in its "
+    "metadata.jsonl",
+    "--instance_prompt": "is not there yet: write it as every image's caption into the metadata.jsonl of "
+    '--train_data_dir, in lines such as {"file_name": "1.jpg", "text": "a photo of sks dog"}',
+    **dict.fromkeys(
+        "--with_prior_preservation --class_data_dir --class_prompt --num_class_images --prior_loss_weight "
+        "--sample_batch_size --prior_generation_precision".split(),
+        PRIOR,
+    ),
+    "--repeats": "is not needed: images come again until --max_train_steps or --num_train_epochs is reached",
+    "--text_encoder_lr": "is not there: --learning_rate is for all that is trained",
+    "--lora_blocks": "is not there: --lora_layers takes names with their blocks, such as "
+    "transformer_blocks.12.attn.to_k",
+    "--use_rslora": "is not there: --lora_alpha times the square root of --rank does the same",
+    "--final_validation_prompt": "is not there: what --validation_prompt says is drawn at the end, too",
+    "--complex_human_instruction": "is not there: captions get the instruction that SanaPipeline has by default: "
+    "leave it out",
+    "--enable_vae_tiling": "is not there: images are decoded one at a time; if memory is short even so, use "
+    "--vae_dtype bf16 or a smaller --resolution",
+    "--do_fp8_training": "is not there: save memory with --mixed_precision bf16, --gradient_checkpointing and "
+    "--use_8bit_adam",
+    "--text_encoder_out_layers": FLUX2,
+    "--remote_text_encoder": FLUX2,
+    "--fsdp_text_encoder": FLUX2,
+    "--micro_conditions": "is not needed: leave it out, the model's config says whether it is told of the size",
+    "--max_token_length": "is --max_sequence_length here, for transformers; for UNets leave it out",
     "--input_perturbation": "trains on other noise than the target's, so that LPL can't tell the clean latent: leave "
     "it out",
     "--dream_training": "changes the target by a second forward pass: leave it out; LPL, on by default, is what this "
     "script offers for sharper images",
     "--dream_detail_preservation": "belongs to --dream_training: leave both out; LPL is on by default",
     "--non_ema_revision": "is not needed: name the weights to start from with --revision or --variant non_ema",
-    "--local_rank": "is not needed: leave it out and start with `accelerate launch`, which numbers the processes",
+    "--local_rank": RANK,
+    "--local-rank": RANK,
     "--enable_npu_flash_attention": "is for NPUs, on which this script was never run: leave it out, torch chooses the "
-    "attention, or use --enable_xformers_memory_efficient_attention",
+    "attention",
     "--debug_loss": "is not needed: the losses are in train_log.jsonl and the tracker, at every step with "
     "--logging_steps 1",
     "--aspect_ratio_buckets": "is not there yet: images are cropped to squares of --resolution, at a random place or "
@@ -290,7 +327,7 @@ REFUSED = {
     "--guidance_scale": "belongs to guidance-distilled transformers: for the drawings there is "
     "--validation_guidance_scale",
     "--max_sequence_length": "belongs to T5, while CLIP reads 77 tokens: leave it out",
-    "--precondition_outputs": "is not there: the loss is on the velocity; --weighting_scheme sigma_sqrt weighs it",
+    "--precondition_outputs": "is not there: leave it out, the loss is on what the model predicts",
     "--train_text_encoder": "is not there for transformers, whose text encoders stay as they are: leave it out",
     "--enable_xformers_memory_efficient_attention": "is for UNets: leave it out, torch's own attention is as lean",
     "--label_column": "is for class-conditional transformers: train_lpl_dit.py",
@@ -508,15 +545,59 @@ def set_defaults(args):
 def check_folders(args):
     """Checks of what is on the disk: model, output, checkpoint to resume, images (kept for `make_stream`)."""
     args.folder_samples = None
-    for flag in ("transformer_config", "bnb_quantization_config_path"):
-        if getattr(args, flag):
-            setattr(args, flag, read_json(Path(getattr(args, flag)), f"--{flag}"))
+    if args.transformer_config is not None:
+        args.transformer_config = read_transformer_config(Path(args.transformer_config))
+    if args.bnb_quantization_config_path is not None:
+        args.bnb_quantization_config_path = read_quantization_config(Path(args.bnb_quantization_config_path))
     known = check_model_folders(args)
     check_output_dir(args)
     if args.train_data_dir and (known or not set(args.pipelines) & set(CLASS_CONDITIONAL)):
         from data_utils import read_folder
 
         args.folder_samples = read_folder(args)
+        for prompt in (args.validation_prompts or ()) if args.num_classes is not None else ():
+            label_of(args, prompt)  # is it a class?
+
+
+SIZES = (
+    "in_channels out_channels patch_size sample_size pos_embed_max_size num_classes num_embeds_ada_norm num_layers "
+    "num_attention_heads attention_head_dim"
+).split()
+
+
+def read_transformer_config(path):
+    """What --transformer_config says, as far as it can be checked without the transformer. Raises UserError."""
+    config = read_json(path, "--transformer_config", "give a transformer's config.json")
+    if not (isinstance(config, dict) and isinstance(config.get("_class_name"), str)):
+        raise UserError(
+            f"--transformer_config: {path} has no _class_name, such as DiTTransformer2DModel: give a transformer's "
+            "config.json."
+        )
+    for name in SIZES:
+        if config.get(name) is not None and not (isinstance(config[name], int) and config[name] > 0):
+            raise UserError(f"--transformer_config: {name} must be a whole number above 0, not {config[name]!r}.")
+    return config
+
+
+# What diffusers.BitsAndBytesConfig knows; it passes over the rest without a word
+QUANTIZATION_KEYS = (
+    "load_in_4bit load_in_8bit bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant "
+    "bnb_4bit_quant_storage llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload "
+    "llm_int8_has_fp16_weight"
+).split()
+
+
+def read_quantization_config(path):
+    """What --bnb_quantization_config_path says. Raises UserError."""
+    flag = "--bnb_quantization_config_path"
+    config = read_json(path, flag, 'write one such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}')
+    for key in config if isinstance(config, dict) else ():
+        if key not in QUANTIZATION_KEYS:
+            near = difflib.get_close_matches(key, QUANTIZATION_KEYS, n=1, cutoff=0)[0]
+            raise UserError(f"{flag}: there is no setting {key} in bitsandbytes: leave it out, or is {near} meant?")
+    if not (isinstance(config, dict) and (config.get("load_in_4bit") is True) != (config.get("load_in_8bit") is True)):
+        raise UserError(f"{flag}: {path} must say either load_in_4bit or load_in_8bit: true.")
+    return config
 
 
 def is_folder_name(name):
@@ -556,14 +637,17 @@ def pipeline_name(args, index):
     pipeline = index.get("_class_name")
     pipeline = pipeline[-1] if isinstance(pipeline, list) else pipeline  # [file, class] of a pipeline of ours
     if pipeline not in args.pipelines:
+        for_unets = "StableDiffusionPipeline" in args.pipelines
+        part, script = ("transformer", "train_lpl_dit.py") if for_unets else ("unet", "train_lpl_sd.py")
+        other = f"; for those with a {part} there is {script}" if part in index else ""
         raise UserError(
             f"--pretrained_model_name_or_path {name} is a {pipeline}; this script finetunes "
-            f"{', '.join(args.pipelines)}."
+            f"{', '.join(args.pipelines)}{other}."
         )
     if new_transformer and new_transformer != index.get("transformer", [None])[-1]:
         raise UserError(
             f"--transformer_config: its _class_name is {new_transformer}, but the transformer of {name} is a "
-            f"{index.get('transformer', [None])[-1]}: give the config of such a one."
+            f"{index.get('transformer', [None])[-1]}: give the config of one of that class."
         )
     return pipeline
 
@@ -609,13 +693,13 @@ def vae_folder(name):
     return Path(name) / "vae" if (Path(name) / "model_index.json").exists() else Path(name)
 
 
-def read_json(path, flag):
+def read_json(path, flag, remedy="give a Hub id or the folder of a saved model"):
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{flag}: there is no {path}; give a Hub id or the folder of a saved model.") from None
+        raise UserError(f"{flag}: there is no {path}; {remedy}.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: {path} can't be read ({error}); download or save the model again.") from None
+        raise UserError(f"{flag}: {path} can't be read ({error}); correct it, or {remedy}.") from None
 
 
 def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
@@ -626,6 +710,8 @@ def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
     """
     pipeline = pipeline_name(args, index)
     args.denoiser_config = denoiser_config
+    parts = {part: entry for part, entry in index.items() if isinstance(entry, list)}
+    args.absent_parts = [part for part, entry in parts.items() if entry[-1] is None]  # such as SD3's T5
     check_conditioning(args, index, pipeline, denoiser_config)
     check_vae(args, pipeline, vae_config, denoiser_config)
     check_schedule(args, pipeline, scheduler_config)
@@ -637,7 +723,8 @@ def check_conditioning(args, index, pipeline, denoiser_config):
     args.num_classes = None
     if labels:
         args.num_classes = denoiser_config.get("num_classes", denoiser_config.get("num_embeds_ada_norm", 1000))
-        args.id2label = {int(label): name for label, name in (index.get("id2label") or {}).items()}
+        if not hasattr(args, "id2label"):  # else the data's names are there already
+            args.id2label = {int(label): name for label, name in (index.get("id2label") or {}).items()}
         check_unused(args, ["--caption_column", "--cache_text_embeddings"], f"the class labels of {pipeline}")
         if pipeline == "DiTPipeline" and args.num_classes != 1000:
             raise UserError(
@@ -650,6 +737,10 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         check_unused(args, ["--guidance_scale"], f"{pipeline}, which is not told of its guidance")
     if labels or pipeline.startswith("StableDiffusionP"):
         check_unused(args, ["--max_sequence_length"], pipeline)
+    if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline") and (args.max_sequence_length or 0) > 512:
+        raise UserError(
+            f"--max_sequence_length {args.max_sequence_length}: {pipeline} draws with at most 512, give that or less."
+        )
     if args.proportion_empty_prompts is None:
         args.proportion_empty_prompts = 0.1 if labels else 0.0
 
@@ -694,6 +785,12 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
             "model with --pretrained_vae_model_name_or_path"
             + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
         )
+    given = denoiser_config.get("out_channels") or denoiser_config.get("in_channels", channels * pack**2)
+    if args.transformer_config and given // pack**2 not in (channels, 2 * channels):
+        raise UserError(
+            "--transformer_config: out_channels must be in_channels, or twice that if it predicts a variance as well, "
+            f"not {given}."
+        )
     if vae_config.get("shift_factor") and pipeline.startswith(("DiT", "PixArt", "Sana")):
         raise UserError(
             f"the VAE has a shift_factor, which {pipeline} does not undo when it samples: give another one with "
@@ -705,6 +802,12 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
         raise UserError(f"--resolution {args.resolution} must be a multiple of {patch}, {what}: {nearest}?")
     args.latent_size = args.resolution // factor
+    if pipeline == "DiTPipeline" and args.use_lora and args.latent_size != denoiser_config.get("sample_size", 32):
+        raise UserError(
+            f"--resolution {args.resolution}: DiTPipeline draws at the size its model was made for, "
+            f"{denoiser_config.get('sample_size', 32) * factor} pixels, with a LoRA too: leave it out, or train all "
+            "weights."
+        )
     largest = denoiser_config.get("pos_embed_max_size")
     if largest and args.resolution > largest * patch:
         raise UserError(

@@ -89,6 +89,7 @@ class Family:
 
     def __init__(self, args, device, weight_dtype, vae_dtype):
         self.args, self.device, self.weight_dtype = args, device, weight_dtype
+        self.unused = {**self.unused, **dict.fromkeys(args.absent_parts)}
         length = args.max_sequence_length
         self.text_settings = {} if length is None else {"max_sequence_length": length}
         self.sampling = {**self.sampling, **self.text_settings}
@@ -356,6 +357,7 @@ class Family:
             return
         try:
             frozen = {self.denoiser_name: self.denoiser, "scheduler": self.pipe.scheduler}
+            frozen |= dict.fromkeys(self.args.absent_parts)
             # All in float32 like the denoiser: a text encoder is loaded in the precision of its file.
             pipe = self._load_pipeline(**frozen, **self._load_vae(torch.float32), dtype=torch.float32)
         except UserError as error:
@@ -371,7 +373,8 @@ class Family:
         Returns a function that draws one PIL image of a prompt with the pipeline's settings.
         """
         self.place(encoder=False, decoder=False, text_encoders=False)
-        self.model.to("cpu")
+        if not self.args.bnb_quantization_config_path:  # in 8 bits it can't be moved, and is small
+            self.model.to("cpu")
         settings = {**self.unused, **self.settings, "dtype": self.weight_dtype}  # its sampler can't mix precisions
         if self.args.use_lora:
             given = {"scheduler": self.pipe.scheduler, **self._load_vae(self.weight_dtype)}
@@ -431,14 +434,21 @@ class Family:
 
     def _new_denoiser(self, config):
         """A denoiser with new weights, which are a function of the seed."""
+        known = inspect.signature(self.denoiser_class.__init__).parameters
+        unknown = [key for key in config if key not in known and not key.startswith("_") and key != "sample_size"]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            meant = f"; is {near[0]} meant?" if near else "."
+            raise UserError(f"--transformer_config: a {self.denoiser_class.__name__} has no {unknown[0]}{meant}")
         try:
             if self.args.dry_run:
                 return from_config_without_values(self.denoiser_class, config, torch.float32)
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed)
                 return initialize(self.denoiser_class.from_config(config))
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"--transformer_config describes no {self.denoiser_class.__name__}: {error}") from error
+        except Exception as error:  # constructors do not agree on what they raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--transformer_config describes no {self.denoiser_class.__name__}: {reason}") from error
 
     def _add_adapters(self):
         """LoRA on the denoiser and, if asked for, on the text encoders; returns name -> model with adapters."""
@@ -757,7 +767,8 @@ class ClassConditionalMMDiT(ClassConditional):
         self.num_classes = self.denoiser.config.num_classes
 
     def _resized(self):
-        base = self.args.denoiser_config.get("base_sample_size") or self.args.denoiser_config["sample_size"]
+        config = self.args.denoiser_config
+        base = config.get("base_sample_size") or config.get("sample_size") or self.args.latent_size
         return {"sample_size": self.args.latent_size, "base_sample_size": base}
 
     def _sample(self, pipe, prompt, **settings):
@@ -807,14 +818,27 @@ def find_family(args):
         scheduler_config = load(DDPMScheduler, name, flag, "load_config", subfolder="scheduler", **hub)
     family = FAMILIES[pipeline_name(args, index)]
     denoiser_config = args.transformer_config
-    if denoiser_config is None:
-        denoiser_config = load(family.denoiser_class, name, flag, "load_config", subfolder=family.denoiser_name, **hub)
+    if name is not None:
+        config = load(family.denoiser_class, name, flag, "load_config", subfolder=family.denoiser_name, **hub)
+        check_text_widths(family.denoiser_class, denoiser_config or config, config)
+        denoiser_config = denoiser_config or config
     if args.pretrained_vae_model_name_or_path:
         vae_config = given_vae_config(args)
     else:
         vae_config = load(AutoencoderKL, name, flag, "load_config", subfolder="vae", **hub)
     check_configs(args, index, vae_config, denoiser_config, scheduler_config)
     return family
+
+
+def check_text_widths(denoiser_class, config, pipelines):
+    """A new transformer must take the embeddings that the pipeline's text encoders give. Raises UserError."""
+    for name in ("joint_attention_dim", "pooled_projection_dim", "caption_channels"):
+        default = inspect.signature(denoiser_class.__init__).parameters.get(name)
+        if default is not None and config.get(name, default.default) != pipelines.get(name, default.default):
+            raise UserError(
+                f"--transformer_config: {name} must be {pipelines.get(name, default.default)}, the width of the "
+                f"pipeline's text embeddings, not {config.get(name, default.default)}."
+            )
 
 
 def hub_flags(args):
@@ -940,9 +964,10 @@ def check_lora_layers(denoiser, layers):
 
 def quantization_config(args):
     """What --bnb_quantization_config_path says."""
-    settings = dict(args.bnb_quantization_config_path)
+    if not torch.accelerator.is_available():
+        raise UserError("--bnb_quantization_config_path needs a GPU: leave it out.")
     try:
-        return diffusers.BitsAndBytesConfig(**settings)
+        return diffusers.BitsAndBytesConfig(**args.bnb_quantization_config_path)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"--bnb_quantization_config_path: {error}") from error
 

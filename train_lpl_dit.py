@@ -169,7 +169,7 @@ def main(args):
     default_vae_dtype = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     vae_dtype = DTYPES[default_vae_dtype if args.vae_dtype == "auto" else args.vae_dtype]
     family = family_class(args, accelerator.device, weight_dtype, vae_dtype)
-    if args.snr_gamma and family.alphas[-1] == 0:
+    if args.snr_gamma and family.alphas[-1] == 0 and family.prediction_type != "flow_prediction":
         logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
 
     if not args.dry_run:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, close_session
 from loopback_hub import LoopbackHub, Repo
 from PIL import Image
 from safetensors.torch import load, load_file
+from tiny_models import build_tiny_vae
 
 import train_utils
 from arguments import UserError
@@ -25,17 +26,18 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_sd):
+def hub(tiny_sd, tiny_pipeline):
     with LoopbackHub(TOKEN) as hub:
         hub.repos["tester/base"] = Repo.of_folder(tiny_sd)
+        hub.repos["tester/pixart"] = Repo.of_folder(tiny_pipeline("PixArtSigma"))
         hub.repos["someone/model"] = Repo()
         yield hub
 
 
-def launch(hub, command, home, **environment):
+def launch(hub, command, home, cwd=ROOT, **environment):
     environment = {**os.environ, **hub.environment(), "HF_HOME": home, "OMP_NUM_THREADS": "1", **environment}
     words, pipe = [str(word) for word in command], subprocess.PIPE
-    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,62 @@ def runs(hub, tiny_sd, photos, tmp_path_factory):
         started[name] = launch(hub, command, place / f"home of {name}", **environments.get(name, {}))
     printed = {name: process.communicate()[0] for name, process in started.items()}
     return {name: (place / name, process.returncode, printed[name]) for name, process in started.items()}
+
+
+@pytest.fixture(scope="module")
+def transformers(hub, photos, class_folders, tmp_path_factory):
+    """The same of train_lpl_dit.py, for what a stock pipeline can't load by itself."""
+    place = tmp_path_factory.mktemp("transformers")
+    build_tiny_vae().save_pretrained(place / "vae")
+    shared = ["--resolution", 64, "--train_batch_size", 2, "--max_train_steps", 1, "--num_validation_images", 1]
+    shared += ["--validation_inference_steps", 2, "--seed", 0, "--push_to_hub", "--hub_token", TOKEN]
+    flags = {
+        "peft": ["--pretrained_model_name_or_path", "tester/pixart", "--use_lora", "--learning_rate", 0.1],
+        "classes": ["--transformer_config", "transformer_configs/mmdit-tiny.json", "--lpl_sigma_threshold", 80],
+    }
+    flags["peft"] += ["--train_data_dir", photos, "--validation_prompt", "a red fox"]
+    flags["classes"] += ["--train_data_dir", class_folders, "--validation_prompt", "volcano"]
+    flags["classes"] += ["--pretrained_vae_model_name_or_path", place / "vae", "--learning_rate", 0.01]
+    started = {}
+    for name, more in flags.items():
+        output = ["--output_dir", place / name, "--hub_model_id", f"tester/{name}"]
+        command = [sys.executable, "train_lpl_dit.py", *shared, *output, *more]
+        started[name] = launch(hub, command, place / f"home of {name}")
+    for name, process in started.items():
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
+    return place
+
+
+DRAW = """
+import sys
+import torch
+folder, code, settings = sys.argv[1:]
+exec(code)
+image.save(f"{folder}/image of the card.png")
+generator = torch.Generator().manual_seed(0)
+pipe(**eval(settings), generator=generator, num_inference_steps=2).images[0].save(f"{folder}/image.png")
+"""
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("peft", {"prompt": "a red fox", "height": 64, "width": 64, "use_resolution_binning": False}),
+        ("classes", {"class_labels": [1]}),  # volcano; 64 pixels are what it was trained for
+    ],
+)
+def test_the_code_in_a_transformers_card_draws_what_was_trained(hub, transformers, tmp_path, name, settings):
+    card = hub.repos[f"tester/{name}"].files["README.md"].decode()
+    assert str(transformers) not in card
+    assert ModelCard(card).data.pipeline_tag == {"peft": "text-to-image"}.get(name, "unconditional-image-generation")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    command = [sys.executable, "-c", DRAW, tmp_path, code.replace('.to("cuda")', ""), repr(settings)]
+    process = launch(hub, command, tmp_path / "home", cwd=tmp_path)  # where our own module is out of reach
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert Image.open(tmp_path / "image of the card.png").size == (64, 64)
+    assert_same_image(transformers / name / "samples" / "final.png", tmp_path / "image.png")
 
 
 @pytest.fixture(scope="module")

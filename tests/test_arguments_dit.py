@@ -1,0 +1,522 @@
+"""train_lpl_dit.py: bad input is one sentence with the remedy; the flags of the scripts that users come from work."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_arguments import ALL_FLAGS, DIFFUSERS, edit_config, lands, named_flags, words_with
+from tiny_models import build_tiny_vae
+from tiny_transformers import build_tiny_pipeline
+
+import arguments
+import train_lpl_dit
+import train_lpl_sd
+
+
+ROOT = Path(arguments.__file__).parent
+CONFIGS = ROOT / "transformer_configs"
+BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def flags_of(script):
+    """Every flag of a script, its --help left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "parse_and_check", lambda parser, argv: parser)
+        return set(script.parse_args()._option_string_actions) - {"-h", "--help"}
+
+
+@pytest.fixture(scope="session")
+def known_flags():
+    return flags_of(train_lpl_dit)
+
+
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory):
+    """A tiny Stable Diffusion 3 with positions for 1024 pixels."""
+    folder = tmp_path_factory.mktemp("sd3") / "sd3"
+    return build_tiny_pipeline(folder, "StableDiffusion3", pos_embed_max_size=64)
+
+
+@pytest.fixture
+def parse(tiny_pipeline, photos, class_folders, tmp_path):
+    """Parses flags after those for a tiny model (a family, a folder or None) and data that fit it; the last wins."""
+
+    def run(*words, model="StableDiffusion3", data=None, resolution=64, script=train_lpl_dit):
+        data = data or (class_folders if model in ("DiT", None) else photos)
+        flags = ["--train_data_dir", data, "--output_dir", tmp_path / "out", "--report_to", "none"]
+        flags += ["--resolution", resolution] if resolution else []
+        if model is not None:
+            flags += ["--pretrained_model_name_or_path", tiny_pipeline(model) if isinstance(model, str) else model]
+        return script.parse_args([str(word) for word in (*flags, *words)])
+
+    return run
+
+
+@pytest.fixture
+def refuse(parse, known_flags, capsys):
+    """Parses flags that must be refused and returns the sentence."""
+
+    def run(*words, **settings):
+        with pytest.raises(SystemExit) as exit:
+            parse(*words, **settings)
+        assert exit.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "Traceback" not in message
+        assert named_flags(message) <= known_flags | {*words}, "it names a flag that is not there"
+        return message
+
+    return run
+
+
+@pytest.fixture
+def scratch(refuse, tiny_pipeline):
+    """What `refuse` says of the flags for a new transformer on class labels, with Stable Diffusion's kind of VAE."""
+
+    def run(*words, config=CONFIGS / "dit-tiny.json", vae=None, **settings):
+        flags = ["--transformer_config", config, "--pretrained_vae_model_name_or_path", vae or tiny_pipeline("DiT")]
+        return refuse(*flags, *words, model=None, **settings)
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a json file and returns its path: changes to one of transformer_configs, or the words themselves."""
+
+    def run(content, base=None):
+        path = tmp_path / "written.json"
+        if base is not None:
+            content = {**json.loads((CONFIGS / f"{base}.json").read_text()), **content}
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "model, words, sentence",
+    [
+        ("DiT", "--caption_column text", "--caption_column has no effect with the class labels of DiTPipeline"),
+        ("DiT", "--cache_text_embeddings", "--cache_text_embeddings has no effect with the class labels of DiTPipel"),
+        ("DiT", "--max_sequence_length 77", "--max_sequence_length has no effect with DiTPipeline"),
+        ("DiT", "--weighting_scheme none", "--weighting_scheme has no effect with epsilon prediction, which is no"),
+        ("DiT", "--guidance_scale 2", "--guidance_scale has no effect with DiTPipeline, which is not told of its"),
+        ("DiT", "--prediction_type flow_prediction", "the model was trained with epsilon, and flow matching can't be"),
+        ("DiT", "--rescale_betas_zero_snr", "add --prediction_type v_prediction"),
+        ("DiT", "--resolution 72", "--resolution 72 must be a multiple of 16, the VAE's factor times the"),
+        ("PixArtAlpha", "--logit_mean 1", "--logit_mean has no effect with epsilon prediction"),
+        ("PixArtSigma", "--guidance_scale 2", "--guidance_scale has no effect with PixArtSigmaPipeline"),
+        ("StableDiffusion3", "--label_column label", "--label_column has no effect with the captions of Stable"),
+        ("StableDiffusion3", "--prediction_type epsilon", "the model was trained with flow_prediction, and flow"),
+        ("StableDiffusion3", "--rescale_betas_zero_snr", "--rescale_betas_zero_snr has no effect with flow matching"),
+        (
+            "Sana",
+            "--timestep_bias_strategy later --timestep_bias_multiplier 2",
+            "--timestep_bias_strategy has no effect with flow matching",
+        ),
+        ("StableDiffusion3", "--mode_scale 1", "--mode_scale has no effect with --weighting_scheme logit_normal"),
+        ("Flux", "--logit_mean 0.5", "--logit_mean has no effect with --weighting_scheme none"),
+        ("Flux", "--logit_std 0", "--logit_std 0.0 must be greater than 0"),
+        ("Flux", "--weighting_scheme mode --mode_scale 1.8", "--mode_scale 1.8 must be from -1 to 1.75"),
+        ("Flux", "--weighting_scheme mode --mode_scale -1.1", "--mode_scale -1.1 must be from -1 to 1.75"),
+        (
+            "StableDiffusion3",
+            "--weighting_scheme sigma_sqrt --snr_gamma 5",
+            "--snr_gamma has no effect with --weighting_scheme sigma_sqrt",
+        ),
+        (
+            "StableDiffusion3",
+            "--resolution 208",
+            "--resolution 208: the transformer has positions for 192 pixels (pos_embed_max_size), give that or less",
+        ),
+        ("Flux", "--max_sequence_length 513", "--max_sequence_length 513: FluxPipeline draws with at most 512"),
+        ("Flux", "--max_sequence_length 0", "--max_sequence_length 0 must be at least 1"),
+        ("Flux", "--train_text_encoder", "--train_text_encoder is not there for transformers"),
+    ],
+)
+def test_flags_that_do_not_fit_the_model(refuse, model, words, sentence):
+    assert sentence in refuse(*words.split(), model=model)
+
+
+@pytest.mark.parametrize("model", ["DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux"])
+def test_what_fits_is_accepted(parse, model):
+    args = parse("--offload", model=model)
+    assert args.offload and args.latent_size == 8
+
+
+def test_patches_and_packing_take_twice_the_factor_of_the_vae(parse, refuse):
+    assert parse(model="Sana", resolution=72).latent_size == 9  # neither
+    for model in ("Flux", "PixArtAlpha", "StableDiffusion3"):
+        assert "--resolution 72 must be a multiple of 16, the VAE's factor times" in refuse(model=model, resolution=72)
+
+
+# Models
+
+
+def test_pipelines_of_other_kinds(parse, refuse, tiny_pipeline, tiny_sd, tmp_path, capsys):
+    other = edit_config(tiny_pipeline("Flux"), tmp_path, "model_index.json", _class_name="Flux2Pipeline")
+    message = refuse(model=other)
+    assert "is a Flux2Pipeline; this script finetunes DiTPipeline, StableDiffusion3Pipeline, PixArtAlpha" in message
+    assert "train_lpl_sd.py" not in message
+    message = refuse(model=tiny_sd)
+    assert "is a StableDiffusionPipeline; " in message and "for those with a unet there is train_lpl_sd.py." in message
+    with pytest.raises(SystemExit):
+        parse(model="Flux", script=train_lpl_sd)
+    assert "for those with a transformer there is train_lpl_dit.py." in capsys.readouterr().err
+
+
+def test_vaes_of_other_kinds(refuse, tiny_pipeline, tmp_path):
+    other = edit_config(tiny_pipeline("Flux"), tmp_path, "vae/config.json", _class_name="AutoencoderKLWan")
+    message = refuse(model=other)
+    assert "the VAE is a AutoencoderKLWan, this script supports AutoencoderKL, Asymmetric" in message
+    assert "--pretrained_vae_model_name_or_path" in message
+
+
+@pytest.mark.parametrize("model", ["DiT", "PixArtAlpha", "PixArtSigma", "Sana"])
+def test_a_shift_that_the_pipeline_would_forget(refuse, tiny_pipeline, tmp_path, model):
+    other = edit_config(tiny_pipeline(model), tmp_path, "vae/config.json", shift_factor=0.1)
+    assert f"the VAE has a shift_factor, which {model}Pipeline does not undo" in refuse(model=other)
+
+
+def test_a_vae_of_other_channels(refuse, tmp_path):
+    build_tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
+    message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae", model="Flux")
+    assert "the VAE has 8 latent channels, the transformer takes 16: give the VAE that belongs to the" in message
+
+
+def test_stages_without_layers_are_no_blocks(parse, refuse, tiny_pipeline, tmp_path):
+    sana = tiny_pipeline("Sana")
+    stages = json.loads((sana / "vae" / "config.json").read_text())["decoder_layers_per_block"]
+    stages[0] = 0
+    fewer = edit_config(sana, tmp_path, "vae/config.json", decoder_layers_per_block=stages)
+    blocks = len(stages)
+    assert parse("--lpl_num_blocks", blocks, model=sana).lpl_num_blocks == blocks
+    assert parse("--lpl_num_blocks", blocks - 1, model=fewer).lpl_num_blocks == blocks - 1
+    message = refuse("--lpl_num_blocks", blocks, model=fewer)
+    assert f"--lpl_num_blocks {blocks}: the VAE's decoder has {blocks - 1} up blocks, give that or fewer" in message
+
+
+@pytest.mark.parametrize("part", ["tokenizer_3", "text_encoder_2", "transformer", "vae", "scheduler"])
+def test_incomplete_models(refuse, tiny_pipeline, tmp_path, part):
+    model = shutil.copytree(tiny_pipeline("StableDiffusion3"), tmp_path / "model")
+    shutil.rmtree(model / part)
+    assert f"there is no {model / part}" in refuse(model=model)
+
+
+# A new transformer
+
+
+def test_no_model(refuse):
+    sentence = "no model: give --pretrained_model_name_or_path, or to train from scratch --transformer_config and"
+    assert sentence in refuse(model=None)
+    assert sentence in refuse("--transformer_config", CONFIGS / "dit-tiny.json", model=None)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, "there is no {path}; give a transformer's config.json"),
+        ('{"_class_name": ', "{path} can't be read (Expecting value"),
+        ("[]", "{path} has no _class_name"),
+        ("{}", "{path} has no _class_name"),
+        ('{"_class_name": "UNet2DModel"}', "a new UNet2DModel needs --pretrained_model_name_or_path with the pipe"),
+        ('{"_class_name": "DiTTransformer2DModel", "patch_size": 0}', "patch_size must be a whole number above 0"),
+        (
+            '{"_class_name": "DiTTransformer2DModel", "num_layers": 0}',
+            "num_layers must be a whole number above 0, not 0",
+        ),
+        ('{"_class_name": "DiTTransformer2DModel", "in_channels": "4"}', "in_channels must be a whole number above 0"),
+    ],
+)
+def test_files_that_describe_no_transformer(scratch, write, tmp_path, content, sentence):
+    path = tmp_path / "none.json" if content is None else write(content)
+    assert f"--transformer_config: {sentence.format(path=path)}" in scratch(config=path)
+
+
+@pytest.mark.parametrize(
+    "base, changes, words, sentence",
+    [
+        ("dit-tiny", {"in_channels": 16}, "", "the VAE has 4 latent channels, the transformer takes 16: give the VAE"),
+        ("dit-tiny", {"in_channels": 16}, "", "or change in_channels of --transformer_config"),
+        ("dit-tiny", {"out_channels": 2}, "", "--transformer_config: out_channels must be in_channels, or twice that"),
+        ("dit-tiny", {"num_embeds_ada_norm": 10}, "", "--transformer_config: num_embeds_ada_norm must be 1000"),
+        ("dit-tiny", {}, "--use_lora", "--transformer_config trains new weights, --use_lora adapters to trained"),
+        (
+            "dit-tiny",
+            {},
+            "--prediction_type flow_prediction",
+            "DiTPipeline can't sample so; train a transformer of cl",
+        ),
+        ("dit-tiny", {}, "--weighting_scheme mode", "--weighting_scheme has no effect with epsilon prediction"),
+        ("mmdit-tiny", {}, "--timestep_bias_strategy later --timestep_bias_multiplier 2", "no effect with flow"),
+        (
+            "mmdit-tiny",
+            {},
+            "--prediction_type v_prediction --mode_scale 1",
+            "--mode_scale has no effect with v_predic",
+        ),
+        (
+            "mmdit-tiny",
+            {"pos_embed_max_size": 3},
+            "",
+            "the transformer has positions for 48 pixels (pos_embed_max_siz",
+        ),
+        ("mmdit-tiny", {"num_classes": 900}, "", "4 of the labels are not among the model's 900 classes"),
+    ],
+)
+def test_a_new_transformer_that_does_not_fit(scratch, write, class_folders, tmp_path, base, changes, words, sentence):
+    data = tmp_path / "numbers"  # its classes have no names yet
+    for label, name in ((207, "golden retriever"), (980, "volcano")):
+        shutil.copytree(class_folders / name, data / str(label))
+    assert sentence in scratch(*words.split(), config=write(changes, base), data=data)
+
+
+def test_a_new_transformer_in_a_pipeline_of_another(refuse, tiny_pipeline):
+    message = refuse("--transformer_config", CONFIGS / "dit-tiny.json", model="StableDiffusion3")
+    assert "--transformer_config: its _class_name is DiTTransformer2DModel, but the transformer of" in message
+    assert "is a SD3Transformer2DModel: give the config of one of that class" in message
+
+
+@pytest.mark.parametrize("base, changes", [("dit-tiny", {"norm_type": "none"}), ("mmdit-tiny", {"qk_norm": "none"})])
+def test_values_that_only_the_transformer_can_refuse(train_dit, tiny_pipeline, class_folders, write, base, changes):
+    words = ["--transformer_config", write(changes, base), "--pretrained_vae_model_name_or_path", tiny_pipeline("DiT")]
+    with pytest.raises(
+        arguments.UserError, match="^--transformer_config describes no .*Transformer2DModel: "
+    ) as error:
+        train_dit(*words, model=None, data=("--train_data_dir", class_folders))
+    assert "none" in str(error.value) and "\n" not in str(error.value)
+
+
+# Classes
+
+
+def test_no_classes(refuse, photos, tmp_path):
+    bare = shutil.copytree(photos, tmp_path / "bare")
+    assert "the metadata has no label column label; choose one that is there with --label_column: text" in refuse(
+        model="DiT", data=bare
+    )
+    assert "no label column kind" in refuse("--label_column", "kind", model="DiT", data=bare)
+    (bare / "metadata.jsonl").unlink()
+    message = refuse(model="DiT", data=bare)
+    assert f"--train_data_dir {bare} has no classes, neither as sub-folders nor in metadata" in message
+
+
+def test_labels_out_of_range(refuse, photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "data")
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    labelled = [{"file_name": row["file_name"], "label": 1000 if i == 0 else 999} for i, row in enumerate(rows)]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    message = refuse(model="DiT", data=data)
+    assert "1 of the labels are not among the model's 1000 classes, 0 to 999" in message
+    assert rows[0]["file_name"] in message
+
+
+def test_a_validation_prompt_that_is_no_class(parse, refuse):
+    message = refuse("--validation_prompts", "volcano", "golden retrieve", model="DiT")
+    assert "--validation_prompts golden retrieve is no class of the model: give a number below 1000 or a" in message
+    assert "such as golden retriever" in message
+    assert "--validation_prompts 1000 is no class" in refuse("--validation_prompt", 1000, model="DiT")
+    assert parse("--validation_prompts", "volcano", "999", "tabby", model="DiT").validation_prompts
+
+
+# LoRA and quantisation
+
+
+@pytest.mark.parametrize(
+    "words, content, sentence",
+    [
+        ("", BNB, "--bnb_quantization_config_path: quantised weights can't be trained; add --use_lora"),
+        (
+            "--use_lora --dry_run",
+            BNB,
+            "--dry_run can't count a quantised model yet: leave --bnb_quantization_config_p",
+        ),
+        ("--use_lora", None, "there is no {path}; write one such as {{"),
+        ("--use_lora", "load_in_4bit: true", "{path} can't be read ("),
+        (
+            "--use_lora",
+            {"load_in_4bits": True},
+            "there is no setting load_in_4bits in bitsandbytes: leave it out, or is",
+        ),
+        ("--use_lora", {"load_in_4bits": True}, "is load_in_4bit meant?"),
+        ("--use_lora", {}, "{path} must say either load_in_4bit or load_in_8bit: true"),
+        ("--use_lora", {**BNB, "load_in_8bit": True}, "{path} must say either load_in_4bit or load_in_8bit: true"),
+        ("--use_lora", [4], "{path} must say either load_in_4bit or load_in_8bit: true"),
+    ],
+)
+def test_quantisation_that_cannot_be(refuse, write, tmp_path, monkeypatch, words, content, sentence):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    path = tmp_path / "none.json" if content is None else write(content)
+    message = refuse("--bnb_quantization_config_path", path, *words.split())
+    assert sentence.format(path=path) in message and "--bnb_quantization_config_path" in message
+
+
+def test_quantisation_knows_all_settings_of_diffusers():
+    import inspect
+
+    from diffusers import BitsAndBytesConfig
+
+    settings = set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
+    assert settings == set(arguments.QUANTIZATION_KEYS)
+
+
+def test_quantisation_without_its_package(refuse, write, monkeypatch):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    message = refuse("--use_lora", "--bnb_quantization_config_path", write(BNB))
+    assert "--bnb_quantization_config_path needs a package" in message and "`pip install bitsandbytes`" in message
+
+
+def test_lora_layers_that_are_not_there(train_dit, tiny_pipeline):
+    with pytest.raises(arguments.UserError, match="--lora_layers attn.to_kk: no module has a name like this") as error:
+        train_dit("--use_lora", "--lora_layers", "to_q,attn.to_kk", model=tiny_pipeline("StableDiffusion3"))
+    assert "attn.to_k," in str(error.value) and "\n" not in str(error.value)
+
+
+# Output, speed, help
+
+
+def test_a_saved_adapter_is_kept(refuse, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.safetensors").touch()
+    assert "holds a saved model: choose another folder" in refuse(model="DiT")
+
+
+def test_answers_come_before_the_libraries_load(tiny_pipeline, class_folders):
+    command = [sys.executable, "-X", "importtime", ROOT / "train_lpl_dit.py", "--train_data_dir", class_folders]
+    words = ["--pretrained_model_name_or_path", tiny_pipeline("DiT"), "--report_to", "none", "--resolution", 64]
+    command = [str(word) for word in (*command, *words, "--validation_prompt", "volcanoes")]
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and "volcanoes is no class of the model" in result.stderr
+    assert "torch" not in result.stderr  # -X importtime lists every module that was imported
+    result = subprocess.run([*command[:4], "--help"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "torch.nn" not in result.stderr
+    assert all(flag in result.stdout for flag in flags_of(train_lpl_dit))
+
+
+def test_the_commands_of_the_readme_are_accepted(tiny_pipeline, sd3, photos, class_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    shutil.copytree(class_folders / "volcano", tmp_path / "birds" / "house finch")
+    names = {12: "house finch, linnet"}
+    tiny = {
+        "stabilityai/stable-diffusion-3.5-medium": sd3,
+        "black-forest-labs/FLUX.1-dev": tiny_pipeline("Flux"),
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": tiny_pipeline("Sana"),
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": tiny_pipeline("PixArtSigma"),
+        "facebook/DiT-XL-2-256": edit_config(tiny_pipeline("DiT"), tmp_path, "model_index.json", id2label=names),
+        "transformer_configs/mmdit-28x896.json": CONFIGS / "mmdit-28x896.json",
+        "cross-attention/asymmetric-autoencoder-kl-x-1-5": tiny_pipeline("DiT") / "vae",
+        "mmdit-256": "me/mmdit-256",  # the command before writes it
+        "imagenet/train": class_folders,
+        "photos": photos,
+    }
+    blocks = [block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```bash")[1:]]
+    commands = [block for block in blocks if "train_lpl_dit.py" in block]
+    assert commands
+    for command in commands:
+        for line in command.splitlines():
+            if line.startswith("echo"):
+                subprocess.run(line, shell=True, check=True)
+        words = shlex.split(command.replace("\\\n", " "))
+        words = [str(tiny.get(word, word)) for word in words[words.index("train_lpl_dit.py") + 1 :]]
+        args = train_lpl_dit.parse_args([*words, "--report_to", "none"])
+        assert hasattr(args, "latent_size") or "me/mmdit-256" in words, "no tiny model, so nothing was checked"
+
+
+# The scripts that users come from
+
+MODELS = {  # what a flag needs
+    "PixArtAlpha": "--prediction_type --timestep_bias_strategy --timestep_bias_multiplier --timestep_bias_portion "
+    "--timestep_bias_begin --timestep_bias_end",
+    "Flux": "--guidance_scale",
+}
+COMPANIONS = {"--mode_scale": ["--weighting_scheme", "mode"], "--use_dora": ["--use_lora"]}
+COMPANIONS["--bnb_quantization_config_path"] = ["--use_lora"]
+EXAMPLES = {(flag, *entry["example"]) for flags in DIFFUSERS.values() for flag, entry in flags.items()}
+
+
+@pytest.fixture
+def accepts(sd3, tiny_pipeline, photos, tmp_path, monkeypatch, capsys):
+    """Whether the script takes a flag as the other scripts do; checks what it says if not."""
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(photos)
+    (tmp_path / "bnb.json").write_text(json.dumps(BNB))
+
+    def run(flag, *example):
+        model = next((tiny_pipeline(model) for model, flags in MODELS.items() if flag in flags.split()), sd3)
+        words = [*words_with(flag, example), *COMPANIONS.get(flag, ())]
+        words[words.index("--pretrained_model_name_or_path") + 1] = str(model)
+        try:
+            args = train_lpl_dit.parse_args(words)
+        except SystemExit as exit:
+            assert exit.code == 2
+            return False
+        if flag == "--bnb_quantization_config_path":
+            return args.bnb_quantization_config_path == BNB
+        return flag == "--pretrained_model_name_or_path" or lands(args, flag, example)
+
+    return run
+
+
+@pytest.mark.parametrize("words", sorted(EXAMPLES), ids=" ".join)
+def test_a_flag_of_the_other_scripts_works_or_is_refused_with_an_alternative(accepts, known_flags, capsys, words):
+    if accepts(*words):
+        return
+    flag, message = words[0], capsys.readouterr().err
+    assert message.count("\n") == 1 and message.endswith(".\n") and f"error: {flag} " in message
+    others = named_flags(message) - {flag}
+    assert others <= known_flags | set(arguments.REFUSED)
+    assert others & known_flags or "leave it out" in message or "leave both out" in message
+
+
+def test_exactly_these_flags_of_the_other_scripts_are_refused(accepts):
+    refused = {words[0] for words in sorted(EXAMPLES) if not accepts(*words)}
+    assert refused == set(
+        # of the scripts for UNets
+        "--input_perturbation --dream_training --dream_detail_preservation --non_ema_revision --debug_loss "
+        "--enable_xformers_memory_efficient_attention --enable_npu_flash_attention --local_rank --local-rank "
+        # DreamBooth's
+        "--instance_data_dir --instance_prompt --with_prior_preservation --class_data_dir --class_prompt "
+        "--num_class_images --prior_loss_weight --sample_batch_size --prior_generation_precision --repeats "
+        "--train_text_encoder --text_encoder_lr --adam_weight_decay_text_encoder --precondition_outputs --lora_blocks "
+        "--upcast_before_saving --final_validation_prompt --aspect_ratio_buckets "
+        # of one family
+        "--complex_human_instruction --enable_vae_tiling --do_fp8_training --text_encoder_out_layers "
+        "--remote_text_encoder --fsdp_text_encoder --micro_conditions --max_token_length --use_rslora".split()
+    )
+
+
+def test_what_is_refused_is_known_elsewhere():
+    ours = flags_of(train_lpl_sd), flags_of(train_lpl_dit)
+    assert set(arguments.REFUSED) == set(ALL_FLAGS).union(*ours) - set.intersection(*ours)
+
+
+@pytest.mark.parametrize(
+    "script, model, other",
+    [
+        ("train_dreambooth_sd3.py", "StableDiffusion3", "--max_sequence_length"),
+        ("train_dreambooth_lora_sd3.py", "StableDiffusion3", "--max_sequence_length"),
+        ("train_dreambooth_flux.py", "Flux", "--max_sequence_length --guidance_scale"),
+        ("train_dreambooth_lora_flux.py", "Flux", "--max_sequence_length --guidance_scale"),
+        ("train_dreambooth_lora_sana.py", "Sana", "--max_sequence_length"),
+        ("train_pixart_lora_hf.py", "PixArtSigma", "--learning_rate --caption_column"),
+    ],
+)
+def test_the_defaults_are_those_of_the_other_scripts_but_for_these(parse, sd3, script, model, other):
+    args = parse(model=sd3 if model == "StableDiffusion3" else model, resolution=None)
+    defaults = {flag: entry["default"] for flag, entry in DIFFUSERS[script].items()}
+    for flag in ("--pretrained_model_name_or_path", "--train_data_dir", "--output_dir", "--report_to"):
+        defaults.pop(flag, None)
+    ours = {flag: getattr(args, flag.removeprefix("--")) for flag in flags_of(train_lpl_dit) & set(defaults)}
+    always = {"--image_column", "--validation_epochs"}  # found in the data; 500 steps instead
+    if "dreambooth" in script:  # for five photos of one thing: small batches, few steps
+        always |= {"--train_batch_size", "--num_train_epochs", "--adam_weight_decay", "--optimizer"}  # AdamW, adamw
+    assert {flag for flag, value in ours.items() if value != defaults[flag]} == always | set(other.split())
