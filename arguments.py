@@ -762,6 +762,14 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
             f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give another one with "
             "--pretrained_vae_model_name_or_path."
         )
+    for_deep, shifted = pipeline == "SanaPipeline", pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
+    refused = {"DiTPipeline": (), "ClassConditionalPipeline": ()}.get(pipeline, ("AutoencoderDC",))
+    refused = ("AutoencoderKL", "AsymmetricAutoencoderKL") if for_deep else refused
+    if vae_class in refused or shifted and vae_class == "AsymmetricAutoencoderKL":
+        raise UserError(
+            f"the VAE is a {vae_class}, which {pipeline} can't sample with: give another one with "
+            "--pretrained_vae_model_name_or_path."
+        )
     encoder, decoder, default = VAES[vae_class]
     factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
     if args.resolution is None:
@@ -790,6 +798,11 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         raise UserError(
             "--transformer_config: out_channels must be in_channels, or twice that if it predicts a variance as well, "
             f"not {given}."
+        )
+    if shifted and vae_class == "AutoencoderKL" and vae_config.get("shift_factor") is None:
+        raise UserError(
+            f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), or "
+            "give another one with --pretrained_vae_model_name_or_path."
         )
     if vae_config.get("shift_factor") and pipeline.startswith(("DiT", "PixArt", "Sana")):
         raise UserError(

@@ -629,7 +629,7 @@ class PixArtSigma(Family):
 
     def _encode(self, captions):
         settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
-        embeds, mask, _, _ = self.pipe.encode_prompt(captions, **settings)
+        embeds, mask, _, _ = self.pipe.encode_prompt(captions, clean_caption=True, **settings)  # as the pipeline does
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def denoiser_inputs(self, latents, prompt_embeds, prompt_attention_mask):

@@ -520,3 +520,20 @@ def test_the_defaults_are_those_of_the_other_scripts_but_for_these(parse, sd3, s
     if "dreambooth" in script:  # for five photos of one thing: small batches, few steps
         always |= {"--train_batch_size", "--num_train_epochs", "--adam_weight_decay", "--optimizer"}  # AdamW, adamw
     assert {flag for flag, value in ours.items() if value != defaults[flag]} == always | set(other.split())
+
+
+@pytest.mark.parametrize(
+    "family, kind, config, sentence",
+    [
+        ("StableDiffusion3", "AsymmetricAutoencoderKL", {}, "AsymmetricAutoencoderKL, which StableDiffusion3Pipeline"),
+        ("Flux", "AutoencoderKL", {}, "no shift_factor, which FluxPipeline reads"),
+        ("PixArtSigma", "AutoencoderDC", {}, "AutoencoderDC, which PixArtSigmaPipeline can't sample with"),
+        ("Sana", "AutoencoderKL", {}, "AutoencoderKL, which SanaPipeline can't sample with"),
+    ],
+)
+def test_a_vae_that_the_stock_pipeline_cannot_take(refuse, tiny_pipeline, tmp_path, family, kind, config, sentence):
+    model = tiny_pipeline(family)
+    channels = json.loads((model / "vae" / "config.json").read_text())["latent_channels"]
+    build_tiny_vae(kind, latent_channels=channels, **config).save_pretrained(tmp_path / "vae")
+    message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae", model=model)
+    assert sentence in message and "--pretrained_vae_model_name_or_path" in message

@@ -1,12 +1,14 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from tiny_models import build_tiny_vae
 
+import train_lpl_dit
 import train_lpl_sd
-from data_utils import make_stream
-from objectives import make_lpl, min_snr_weight
+from data_utils import build_dataloader, make_stream
+from model_families import find_family
+from objectives import loss_weights, make_lpl, min_snr_weight
 
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -97,3 +99,44 @@ def test_every_data_flag_reaches_the_stream(parse):
     assert (stream.center_crop, stream.random_flip, stream.image_interpolation_mode) == (True, True, "nearest")
     assert (stream.proportion_empty_prompts, stream.max_bad_images, stream.seed) == (0.3, 2, 3)
     assert (stream.resolution, stream.num_samples) == (64, 4)
+
+
+@pytest.fixture
+def parse_sd3(tiny_pipeline, photos, tmp_path):
+    def run(*words):
+        flags = ["--pretrained_model_name_or_path", tiny_pipeline("StableDiffusion3"), "--train_data_dir", photos]
+        flags += ["--output_dir", tmp_path / "out", "--resolution", 64, "--seed", 3]
+        return train_lpl_dit.parse_args([str(word) for word in (*flags, *words)])
+
+    return run
+
+
+def test_the_weights_of_flow_matching_are_those_of_the_sd3_script(parse_sd3):
+    sigma = torch.arange(1, 1001) / 1000
+    alpha = 1 - sigma
+    for scheme in ("sigma_sqrt", "cosmap"):
+        weights = loss_weights(parse_sd3("--weighting_scheme", scheme), alpha, sigma, "flow_prediction")
+        torch.testing.assert_close(weights, compute_loss_weighting_for_sd3(scheme, sigma))
+    for scheme in ("none", "logit_normal", "mode"):  # these are in how often a noise level is drawn
+        assert loss_weights(parse_sd3("--weighting_scheme", scheme), alpha, sigma, "flow_prediction") is None
+    weights = loss_weights(parse_sd3("--snr_gamma", 2), alpha, sigma, "flow_prediction")
+    expected = torch.minimum((alpha / sigma) ** 2, torch.tensor(2.0)) * sigma**2
+    torch.testing.assert_close(weights, expected)
+
+
+def test_the_gate_sees_the_noise_level_that_built_the_noisy_latents(parse_sd3, monkeypatch):
+    # sigma/alpha at most 4 * 64 / 256 = 1, and SD3's scheduler triples that ratio.
+    args = parse_sd3("--lpl_sigma_threshold", 4, "--lpl_weight", 1)
+    family = find_family(args)(args, torch.device("cpu"), torch.float32, torch.float32)
+    batch = next(build_dataloader(make_stream(args), batch_size=24))
+    monkeypatch.setattr(family, "latents", lambda batch, generators: torch.ones(24, 16, 8, 8))
+    monkeypatch.setattr(train_lpl_dit, "sample_noise", lambda latents, *_: torch.zeros_like(latents))
+    seen = []  # alpha, as z_t = alpha * 1 + sigma * 0
+    family.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0].mean((1, 2, 3))), with_kwargs=True
+    )
+    forward = train_lpl_dit.training_step(args, family, family.model, make_lpl(args, family.vae), batch)
+    ratio = (1 - seen[0]) / seen[0]
+    torch.testing.assert_close(forward.noise_levels, ratio, rtol=1e-4, atol=0)
+    assert forward.lpl_stats["chosen"].tolist() == (ratio <= 1).nonzero().flatten().tolist()
+    assert (ratio <= 1).any() and ((ratio > 1) & (ratio <= 3)).any()  # some pass, some would before the shift
