@@ -801,8 +801,8 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         )
     if shifted and vae_class == "AutoencoderKL" and vae_config.get("shift_factor") is None:
         raise UserError(
-            f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), or "
-            "give another one with --pretrained_vae_model_name_or_path."
+            f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), "
+            "or give another one with --pretrained_vae_model_name_or_path."
         )
     if vae_config.get("shift_factor") and pipeline.startswith(("DiT", "PixArt", "Sana")):
         raise UserError(

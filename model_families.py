@@ -6,8 +6,6 @@ Shapes: B batch, C latent channels, h x w latent positions, H x W pixels, T nois
 
 import difflib
 import inspect
-import math
-import re
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +38,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils.torch_utils import randn_tensor
 from peft import (
     LoraConfig,
     PeftModel,
@@ -50,8 +47,23 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from arguments import UserError, check_configs, is_folder_name, label_of, pipeline_name, vae_folder
+from arguments import UserError, check_configs, is_folder_name, label_of, pipeline_name
 from counters import without_values
+from loading import (
+    VAE_FLAG,
+    check_lora_layers,
+    check_text_widths,
+    from_config_without_values,
+    given_vae_config,
+    hub_flags,
+    initialize,
+    load,
+    load_part,
+    load_without_values,
+    quantization_config,
+    vae_source,
+)
+from noise import flow_sigmas, flow_timestep_weights, new_scheduler, prediction_type, timestep_weights
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
 
@@ -792,7 +804,6 @@ FAMILIES = {
         ClassConditionalMMDiT,
     )
 }
-VAE_FLAG = "--pretrained_vae_model_name_or_path"
 LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 
 
@@ -828,197 +839,3 @@ def find_family(args):
         vae_config = load(AutoencoderKL, name, flag, "load_config", subfolder="vae", **hub)
     check_configs(args, index, vae_config, denoiser_config, scheduler_config)
     return family
-
-
-def check_text_widths(denoiser_class, config, pipelines):
-    """A new transformer must take the embeddings that the pipeline's text encoders give. Raises UserError."""
-    for name in ("joint_attention_dim", "pooled_projection_dim", "caption_channels"):
-        default = inspect.signature(denoiser_class.__init__).parameters.get(name)
-        if default is not None and config.get(name, default.default) != pipelines.get(name, default.default):
-            raise UserError(
-                f"--transformer_config: {name} must be {pipelines.get(name, default.default)}, the width of the "
-                f"pipeline's text embeddings, not {config.get(name, default.default)}."
-            )
-
-
-def hub_flags(args):
-    return {"revision": args.revision, "cache_dir": args.cache_dir}
-
-
-def vae_source(args):
-    name = args.pretrained_vae_model_name_or_path
-    return vae_folder(name) if is_folder_name(name) else name
-
-
-def given_vae_config(args):
-    return load(AutoencoderKL, vae_source(args), VAE_FLAG, "load_config", cache_dir=args.cache_dir)
-
-
-def prediction_type(scheduler):
-    """Also of the scheduler that knows flow matching alone."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return "flow_prediction"
-    return scheduler.config.prediction_type
-
-
-def new_scheduler(args):
-    """For a model from scratch: flow matching, or the noise schedule of METHOD: Stable Diffusion's."""
-    if args.prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler()
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-    return DDIMScheduler(**noise, set_alpha_to_one=False, steps_offset=1, prediction_type=args.prediction_type)
-
-
-def initialize(transformer):
-    """New weights as in Peebles & Xie 2023 (adaLN-Zero): every block starts as the identity, the output as zero."""
-    for name, module in transformer.named_modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            if re.search(r"norm\w*\.linear$|^proj_out", name):
-                torch.nn.init.zeros_(module.weight)
-            else:
-                torch.nn.init.xavier_uniform_(module.weight.data.flatten(1))
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
-        elif isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
-    return transformer
-
-
-def flow_sigmas(scheduler, sequence_length):
-    """The noise levels `[T]` of flow matching, from 1 / T to 1 before the family's own shift, which depends on the
-    number of tokens if the scheduler says so."""
-    config = scheduler.config
-    sigmas = torch.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
-    if config.get("use_dynamic_shifting"):
-        start, end = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        slope = (config.max_shift - config.base_shift) / (end - start)
-        return scheduler.time_shift(config.base_shift + slope * (sequence_length - start), 1.0, sigmas)
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-def flow_timestep_weights(args, num_timesteps):
-    """How often each noise level is drawn before the shift, `[T]`, sums to 1 (Esser et al. 2024, Sec. 3.1).
-
-    From quantiles of the scheme's distribution. As in the Diffusers scripts, u counts from the noise to the image.
-    """
-    u = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
-    if args.weighting_scheme == "logit_normal":
-        u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(u))
-    elif args.weighting_scheme == "mode":
-        u = 1 - u - args.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-    counts = torch.bincount((u * num_timesteps).long(), minlength=num_timesteps)
-    return (counts / len(u)).flip(0).float()
-
-
-def timestep_weights(args, num_timesteps):
-    """How often each timestep is drawn, `[T]`, sums to 1: the --timestep_bias_ flags of the Diffusers SDXL script."""
-    weights, biased = torch.ones(num_timesteps), round(args.timestep_bias_portion * num_timesteps)
-    favoured = {
-        "none": slice(0),
-        "earlier": slice(biased),
-        "later": slice(num_timesteps - biased, None),
-        "range": slice(args.timestep_bias_begin, args.timestep_bias_end),
-    }
-    weights[favoured[args.timestep_bias_strategy]] *= args.timestep_bias_multiplier
-    return weights / weights.sum()
-
-
-def add_noise(latents, noise, alpha, sigma):
-    """z_t = alpha z_0 + sigma eps: `[B, C, h, w]` each, alpha and sigma `[B]`."""
-    alpha, sigma = (s.to(latents, non_blocking=True).view(-1, 1, 1, 1) for s in (alpha, sigma))
-    return alpha * latents + sigma * noise
-
-
-def training_target(latents, noise, alpha, sigma, prediction_type):
-    """What the denoiser should output: eps, v = alpha eps - sigma z_0, z_0, or (flow matching) eps - z_0."""
-    alpha, sigma = (s.to(latents, non_blocking=True).view(-1, 1, 1, 1) for s in (alpha, sigma))
-    return {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: alpha * noise - sigma * latents,
-        "sample": lambda: latents,
-        "flow_prediction": lambda: noise - latents,
-    }[prediction_type]()
-
-
-def sample_noise(latents, generators, offset=0.0):
-    """Noise like `latents`, one generator per sample; `offset` adds noise that is constant over positions."""
-    noise = randn_tensor(latents.shape, generator=generators, device=latents.device, dtype=latents.dtype)
-    if offset:
-        shape = (*latents.shape[:2], 1, 1)
-        noise = noise + offset * randn_tensor(shape, generators, device=latents.device, dtype=latents.dtype)
-    return noise
-
-
-def check_lora_layers(denoiser, layers):
-    """Every name of --lora_layers must be the end of some module's. Raises UserError with those that come near."""
-    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
-    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
-    for layer in layers:
-        if not any(name == layer or name.endswith(f".{layer}") for name in names):
-            ends = {".".join(name.split(".")[-n:]) for name in names for n in (1, 2, 3)}
-            ends = {end for end in ends if not end[0].isdigit()}
-            near = difflib.get_close_matches(layer, sorted(ends), n=4, cutoff=0.4) or sorted(ends)[:8]
-            raise UserError(f"--lora_layers {layer}: no module has a name like this; there are {', '.join(near)}.")
-
-
-def quantization_config(args):
-    """What --bnb_quantization_config_path says."""
-    if not torch.accelerator.is_available():
-        raise UserError("--bnb_quantization_config_path needs a GPU: leave it out.")
-    try:
-        return diffusers.BitsAndBytesConfig(**args.bnb_quantization_config_path)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"--bnb_quantization_config_path: {error}") from error
-
-
-def load(model_class, name, flag, method="from_pretrained", **kwargs):
-    """Load from a folder or the Hub; what goes wrong there is the user's to mend, in one sentence."""
-    try:
-        return getattr(model_class, method)(name, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{flag} {name} can't be loaded ({reason}): give a folder or a Hub id in reach.") from error
-
-
-def load_part(args, part, dtype=None):
-    """A model of diffusers, or the scheduler, from the pipeline of --pretrained_model_name_or_path."""
-    name, flag, hub = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", hub_flags(args)
-    part_class = getattr(diffusers, load(DiffusionPipeline, name, flag, "load_config", **hub)[part][1])
-    if part == "scheduler":
-        return load(part_class, name, flag, subfolder=part, **hub)
-    if args.dry_run:
-        config = load(part_class, name, flag, "load_config", subfolder=part, **hub)
-        return from_config_without_values(part_class, config, dtype)
-    return load(part_class, name, flag, subfolder=part, variant=args.variant, dtype=dtype, **hub)
-
-
-def load_without_values(pipeline_class, name, hub, dtype, **components):
-    """The pipeline of `from_pretrained`, its models on the meta device: their config files are enough."""
-    flag = "--pretrained_model_name_or_path"
-    settings = {}
-    for part, entry in load(pipeline_class, name, flag, "load_config", **hub).items():
-        if not isinstance(entry, (list, tuple)):
-            settings |= {} if part.startswith("_") else {part: entry}
-            continue
-        if part in components or entry[1] is None:
-            components.setdefault(part, None)
-            continue
-        model_class = getattr(diffusers if entry[0] == "diffusers" else transformers, entry[1])
-        part_dtype = dtype.get(part, dtype["default"])
-        if issubclass(model_class, diffusers.ModelMixin):
-            config = load(model_class, name, flag, "load_config", subfolder=part, **hub)
-            components[part] = from_config_without_values(model_class, config, part_dtype)
-        elif issubclass(model_class, transformers.PreTrainedModel):
-            config = load(model_class.config_class, name, flag, subfolder=part, **hub)
-            with torch.device("meta"):
-                components[part] = model_class(config).to(part_dtype)
-        else:
-            components[part] = load(model_class, name, flag, subfolder=part, **hub)
-    known = {key: value for key, value in settings.items() if key not in components}
-    return pipeline_class(**{**known, **components})
-
-
-def from_config_without_values(model_class, config, dtype):
-    with torch.device("meta"):
-        return model_class.from_config(config).to(dtype)

@@ -50,7 +50,8 @@ import torch
 from data_utils import build_dataloader, make_stream
 from dry_run import dry_run
 from lpl_utils import compare_gradients, lpl_term, summarize
-from model_families import add_noise, find_family, sample_noise, training_target
+from model_families import find_family
+from noise import add_noise, sample_noise, training_target
 from objectives import calibrate_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
 from train_utils import (
     DTYPES,

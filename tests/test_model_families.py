@@ -7,7 +7,8 @@ from tiny_models import build_tiny_sd, build_tiny_vae
 
 import train_lpl_sd
 from lpl_utils import predict_z0
-from model_families import StableDiffusion, add_noise, sample_noise, training_target
+from model_families import StableDiffusion
+from noise import add_noise, sample_noise, training_target
 
 
 def load_family(model, photos, output, *words):

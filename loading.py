@@ -1,0 +1,128 @@
+"""Loads models from a folder or the Hub, or without their values for --dry_run, and prepares what is to be trained."""
+
+import difflib
+import inspect
+import re
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from arguments import UserError, is_folder_name, vae_folder
+
+
+VAE_FLAG = "--pretrained_vae_model_name_or_path"
+
+
+def load(model_class, name, flag, method="from_pretrained", **kwargs):
+    """Load from a folder or the Hub; what goes wrong there is the user's to mend, in one sentence."""
+    try:
+        return getattr(model_class, method)(name, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{flag} {name} can't be loaded ({reason}): give a folder or a Hub id in reach.") from error
+
+
+def load_part(args, part, dtype=None):
+    """A model of diffusers, or the scheduler, from the pipeline of --pretrained_model_name_or_path."""
+    name, flag, hub = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", hub_flags(args)
+    part_class = getattr(diffusers, load(DiffusionPipeline, name, flag, "load_config", **hub)[part][1])
+    if part == "scheduler":
+        return load(part_class, name, flag, subfolder=part, **hub)
+    if args.dry_run:
+        config = load(part_class, name, flag, "load_config", subfolder=part, **hub)
+        return from_config_without_values(part_class, config, dtype)
+    return load(part_class, name, flag, subfolder=part, variant=args.variant, dtype=dtype, **hub)
+
+
+def load_without_values(pipeline_class, name, hub, dtype, **components):
+    """The pipeline of `from_pretrained`, its models on the meta device: their config files are enough."""
+    flag = "--pretrained_model_name_or_path"
+    settings = {}
+    for part, entry in load(pipeline_class, name, flag, "load_config", **hub).items():
+        if not isinstance(entry, (list, tuple)):
+            settings |= {} if part.startswith("_") else {part: entry}
+            continue
+        if part in components or entry[1] is None:
+            components.setdefault(part, None)
+            continue
+        model_class = getattr(diffusers if entry[0] == "diffusers" else transformers, entry[1])
+        part_dtype = dtype.get(part, dtype["default"])
+        if issubclass(model_class, diffusers.ModelMixin):
+            config = load(model_class, name, flag, "load_config", subfolder=part, **hub)
+            components[part] = from_config_without_values(model_class, config, part_dtype)
+        elif issubclass(model_class, transformers.PreTrainedModel):
+            config = load(model_class.config_class, name, flag, subfolder=part, **hub)
+            with torch.device("meta"):
+                components[part] = model_class(config).to(part_dtype)
+        else:
+            components[part] = load(model_class, name, flag, subfolder=part, **hub)
+    known = {key: value for key, value in settings.items() if key not in components}
+    return pipeline_class(**{**known, **components})
+
+
+def from_config_without_values(model_class, config, dtype):
+    with torch.device("meta"):
+        return model_class.from_config(config).to(dtype)
+
+
+def hub_flags(args):
+    return {"revision": args.revision, "cache_dir": args.cache_dir}
+
+
+def vae_source(args):
+    name = args.pretrained_vae_model_name_or_path
+    return vae_folder(name) if is_folder_name(name) else name
+
+
+def given_vae_config(args):
+    return load(AutoencoderKL, vae_source(args), VAE_FLAG, "load_config", cache_dir=args.cache_dir)
+
+
+def quantization_config(args):
+    """What --bnb_quantization_config_path says."""
+    if not torch.accelerator.is_available():
+        raise UserError("--bnb_quantization_config_path needs a GPU: leave it out.")
+    try:
+        return diffusers.BitsAndBytesConfig(**args.bnb_quantization_config_path)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--bnb_quantization_config_path: {error}") from error
+
+
+def check_lora_layers(denoiser, layers):
+    """Every name of --lora_layers must be the end of some module's. Raises UserError with those that come near."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+    for layer in layers:
+        if not any(name == layer or name.endswith(f".{layer}") for name in names):
+            ends = {".".join(name.split(".")[-n:]) for name in names for n in (1, 2, 3)}
+            ends = {end for end in ends if not end[0].isdigit()}
+            near = difflib.get_close_matches(layer, sorted(ends), n=4, cutoff=0.4) or sorted(ends)[:8]
+            raise UserError(f"--lora_layers {layer}: no module has a name like this; there are {', '.join(near)}.")
+
+
+def check_text_widths(denoiser_class, config, pipelines):
+    """A new transformer must take the embeddings that the pipeline's text encoders give. Raises UserError."""
+    for name in ("joint_attention_dim", "pooled_projection_dim", "caption_channels"):
+        default = inspect.signature(denoiser_class.__init__).parameters.get(name)
+        if default is not None and config.get(name, default.default) != pipelines.get(name, default.default):
+            raise UserError(
+                f"--transformer_config: {name} must be {pipelines.get(name, default.default)}, the width of the "
+                f"pipeline's text embeddings, not {config.get(name, default.default)}."
+            )
+
+
+def initialize(transformer):
+    """New weights as in Peebles & Xie 2023 (adaLN-Zero): every block starts as the identity, the output as zero."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            if re.search(r"norm\w*\.linear$|^proj_out", name):
+                torch.nn.init.zeros_(module.weight)
+            else:
+                torch.nn.init.xavier_uniform_(module.weight.data.flatten(1))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    return transformer
