@@ -114,7 +114,7 @@ def check_text_widths(denoiser_class, config, pipelines):
 
 
 def initialize(transformer):
-    """New weights as in Peebles & Xie 2023 (adaLN-Zero): every block starts as the identity, the output as zero."""
+    """New weights: the output starts as zero, and so do the gates of adaptive norms (adaLN-Zero, Peebles & Xie)."""
     for name, module in transformer.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             if re.search(r"norm\w*\.linear$|^proj_out", name):

@@ -118,9 +118,6 @@ class Family:
         for module in (self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
         self.adapted = self._add_adapters() if args.use_lora else {}
-        for name, parameter in self.denoiser.named_parameters():
-            if any(part in name for part in self._without_effect()):
-                parameter.requires_grad_(False)  # DDP waits for its gradient
         if args.dry_run:
             for module in (self.denoiser, self.vae, *self.text_encoders.values()):
                 without_values(module)
@@ -135,10 +132,6 @@ class Family:
         self._embeddings = None  # caption -> embeddings, if they are cached
         self.placed = {}
         self.place(encoder=not args.offload, decoder=args.lpl_weight != 0, text_encoders=not args.offload)
-
-    def _without_effect(self):
-        """Parts of the denoiser's parameters' names that do nothing for its output."""
-        return ()
 
     # Where the frozen models are
 
@@ -324,17 +317,17 @@ class Family:
     def save_lora(self, folder):
         """A file that `load_lora_weights` of the pipeline reads or, where it can't, a folder for peft."""
         if not self.stock_lora:
-            config, state = self.denoiser.peft_config["default"], get_peft_model_state_dict(self.denoiser)
+            config, state = self.denoiser.peft_config["default"], lora_state(self.denoiser)
             config.save_pretrained(folder)
-            state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+            state = {f"base_model.model.{key}": value for key, value in state.items()}
             return save_file(state, Path(folder, PEFT_FILE), metadata={"format": "pt"})
         layers = {}
         for name, model in self.adapted.items():
             # In peft's names: diffusers' own are for attention layers only, and a mix loads in part, silently.
-            state = get_peft_model_state_dict(model)
+            state = lora_state(model)
             if name != self.denoiser_name:  # as older transformers, and other tools, call a text encoder's modules
                 state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
-            layers[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
+            layers[f"{name}_lora_layers"] = state
         self.pipeline_class.save_lora_weights(folder, **layers, **_collate_lora_metadata(self.adapted))
 
     def load_weights(self, folder):
@@ -360,8 +353,8 @@ class Family:
         name = Path(base).resolve().name if local else base
         if local:
             self.denoiser.register_to_config(_name_or_path=name)
-            for config in getattr(self.denoiser, "peft_config", {}).values():
-                config.base_model_name_or_path = name
+        for config in getattr(self.denoiser, "peft_config", {}).values():
+            config.base_model_name_or_path = name
         self.save_weights(folder)  # first what training made, should the base model be out of reach
         if self.args.use_lora:
             if self.args.prediction_type or self.args.rescale_betas_zero_snr:  # the base model's does not say so
@@ -587,10 +580,6 @@ class StableDiffusion3(Family):
     def denoiser_inputs(latents, prompt_embeds, pooled_prompt_embeds):
         return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
 
-    def _without_effect(self):  # what becomes of the text in the last block is not read
-        last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}.attn"
-        return f"{last}.add_q_proj", f"{last}.norm_added_q"
-
 
 class Flux(Family):
     """FLUX.1: flow matching on packed latents with positions; the guidance scale is one of dev's inputs."""
@@ -654,6 +643,9 @@ class PixArtAlpha(PixArtSigma):
     """PixArt-alpha; the model for 1024 pixels is told of the image's size and aspect ratio."""
 
     pipeline_class = PixArtAlphaPipeline
+
+    def _new_denoiser(self, config):
+        return super()._new_denoiser({**config, "use_additional_conditions": None})  # as the pipeline: by its size
 
     def denoiser_inputs(self, latents, prompt_embeds, prompt_attention_mask):
         inputs = super().denoiser_inputs(latents, prompt_embeds, prompt_attention_mask)
@@ -772,8 +764,6 @@ class ClassConditionalMMDiT(ClassConditional):
 
     pipeline_class, denoiser_class = ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
-    _without_effect = StableDiffusion3._without_effect
-
     def __init__(self, *args):
         super().__init__(*args)
         self.num_classes = self.denoiser.config.num_classes
@@ -818,6 +808,12 @@ class DenoiserWithTextEncoders(torch.nn.Module):
     def forward(self, noisy_latents, timestep, captions, return_dict, **more):
         inputs = self._denoiser_inputs(noisy_latents, **self._encode(captions), **more)
         return self.denoiser(noisy_latents, timestep, **inputs, return_dict=return_dict)
+
+
+def lora_state(model):
+    """Name -> weights of a model's adapters; peft need not look for embedding layers in the base, there are none."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.contiguous() for name, value in state.items()}
 
 
 def find_family(args):

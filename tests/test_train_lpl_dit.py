@@ -1,0 +1,404 @@
+"""train_lpl_dit.py as its users run it, on tiny models of every family."""
+
+import itertools
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import read_log
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import build_tiny_vae
+from tiny_transformers import CLASSES, _make_responsive, build_tiny_pipeline
+
+import train_lpl_dit
+from arguments import UserError
+from data_utils import build_dataloader, make_stream
+from objectives import make_lpl
+from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
+
+
+CONFIGS = Path(train_lpl_dit.__file__).parent / "transformer_configs"
+FAMILIES = ("DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", "ClassConditional")
+ON_LABELS = ("DiT", "ClassConditional")
+STOCK_LORA = ("StableDiffusion3", "Sana", "Flux")  # whose pipelines have load_lora_weights
+KINDS = {
+    "full": ("--learning_rate", 3e-3),
+    "LoRA": ("--use_lora", "--rank", 2, "--lora_alpha", 8, "--learning_rate", 0.01),
+}
+LPL = ("--lpl_weight", 0.3, "--lpl_sigma_threshold", 80)  # tau 20 at 64 pixels: all but the noisiest timesteps
+DRAW = ("--num_validation_images", 1, "--validation_steps", 3, "--validation_inference_steps", 3)
+CACHES = ("--cache_latents", "--center_crop", "--cache_text_embeddings")
+
+
+@pytest.fixture(scope="session")
+def model_of(tiny_pipeline, tmp_path_factory):
+    """family -> folder of a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("class_conditional")
+    torch.manual_seed(0)
+    config = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    transformer = ClassConditionalSD3Transformer2DModel(**config).eval()
+    _make_responsive(transformer)
+    vae, scheduler = build_tiny_vae(shift_factor=0.1), FlowMatchEulerDiscreteScheduler()
+    ClassConditionalPipeline(transformer, vae, scheduler, id2label=CLASSES).save_pretrained(folder)
+    return lambda family: folder if family == "ClassConditional" else tiny_pipeline(family)
+
+
+@pytest.fixture(scope="session")
+def data_of(photos, class_folders):
+    """family -> what it can be trained on, as flags."""
+    return lambda family: ("--train_data_dir", class_folders if family in ON_LABELS else photos)
+
+
+def open_pipeline(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)  # only one has code of its own
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompt):
+    """What a validation image is, drawn by a stock pipeline."""
+    settings = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+    if hasattr(pipe, "get_label_ids"):
+        return pixels(pipe(pipe.get_label_ids([prompt]), **settings).images[0])
+    if type(pipe).__name__.startswith(("PixArt", "Sana")):
+        settings["use_resolution_binning"] = False  # there are bins for the sizes of large models only
+    return pixels(pipe(prompt, height=64, width=64, **settings).images[0])
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+def drawn(output, name="step-000003"):
+    return pixels(Image.open(output / "samples" / f"{name}.png"))
+
+
+# Train, save, reload in the stock pipeline, sample
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_stock_pipeline_draws_is_what_was_trained(train_dit, model_of, data_of, family, kind):
+    model, prompt = model_of(family), "volcano" if family in ON_LABELS else "a red fox"
+    flags = (*KINDS[kind], *LPL, *DRAW, "--validation_prompt", prompt)
+    output = train_dit(*flags, model=model, data=data_of(family))
+    log = read_log(output)
+    assert len(log) == 3 and all(math.isfinite(row["loss"]) and row["lpl"] > 0 for row in log)
+
+    pipe = open_pipeline(model)
+    assert np.abs(draw(pipe, prompt) - drawn(output)).max() > 8
+    if kind == "full":
+        base, pipe = pipe, open_pipeline(output)
+        assert type(pipe).__name__ == type(base).__name__
+    elif family in STOCK_LORA:
+        pipe.load_lora_weights(output)
+    else:
+        PeftModel.from_pretrained(pipe.transformer, output)
+    assert np.abs(draw(pipe, prompt) - drawn(output)).max() <= 1
+    assert np.abs(drawn(output, "final") - drawn(output)).max() <= 1  # the run has done the same at its end
+    assert (output / "transformer").exists() == (kind == "full")
+    assert not [path for path in output.rglob("*.json") if str(model.parent) in path.read_text()]  # no local paths
+
+
+# The step
+
+
+def prepare(model, data, output, *words):
+    """Flags, family and the first four samples of a run, as `main` makes them."""
+    flags = [] if model is None else ["--pretrained_model_name_or_path", model]
+    flags += [*data, "--output_dir", output / "out", "--resolution", 64, "--seed", 0, *words]
+    args = train_lpl_dit.parse_args([str(word) for word in flags])
+    family = train_lpl_dit.find_family(args)(args, torch.device("cpu"), torch.float32, torch.float32)
+    family.model.train()
+    batch = next(build_dataloader(make_stream(args), batch_size=4))
+    conditioning = family.conditioning(batch)  # the same at every step; Sana's takes its time
+    family.conditioning = lambda _: conditioning
+    return args, family, batch
+
+
+def trained(family):
+    return {name: parameter for name, parameter in family.model.named_parameters() if parameter.requires_grad}
+
+
+def copy_of(parameters):
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    "family, kind", [*itertools.product(FAMILIES, KINDS), ("PixArtAlpha for 1024 pixels", "full")]
+)
+def test_on_a_fixed_batch_both_losses_fall_and_all_weights_learn(model_of, data_of, tmp_path, family, kind):
+    if family in FAMILIES:
+        model = model_of(family)
+    else:
+        model = build_tiny_pipeline(tmp_path / "model", "PixArtAlpha", sample_size=128)
+    flags = (*KINDS[kind], *LPL, "--lpl_chunk_size", 0)
+    args, loaded, batch = prepare(model, data_of(family), tmp_path, *flags)
+    # Little noise: in more, the tiny VAE's latents, nearly white noise themselves, are lost for LPL.
+    loaded.sample_timesteps = lambda generators: loaded.timesteps[[10, 30, 60, 100]]
+    step = partial(train_lpl_dit.training_step, args, loaded, loaded.model, make_lpl(args, loaded.vae), batch)
+    assert torch.equal(step().model_pred, step().model_pred)  # nothing is dropped or drawn but by the sample's number
+    parameters, losses = trained(loaded), []
+    start = copy_of(parameters)
+    optimizer = torch.optim.Adam(parameters.values(), args.learning_rate)
+    for _ in range(8):
+        forward = step()
+        assert len(forward.lpl_stats["chosen"]) == 4
+        optimizer.zero_grad()
+        (forward.diffusion_loss + args.lpl_weight * forward.lpl_loss).backward()
+        assert not [name for name, p in parameters.items() if p.grad is None]  # DDP would wait for it
+        optimizer.step()
+        losses.append([forward.diffusion_loss.item(), forward.lpl_loss.item()])
+    weights = {name for name in parameters if name.endswith("weight") and not without_effect(loaded, name)}
+    assert not [name for name in weights if torch.equal(parameters[name], start[name])]
+    assert (np.array(losses[-1]) < 0.92 * np.array(losses[0])).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_new_transformer_starts_at_zero_and_soon_learns_everywhere(model_of, data_of, tmp_path, family):
+    config = model_of(family) / "transformer" / "config.json"
+    flags = ("--lpl_weight", 0, "--transformer_config", config)
+    args, loaded, batch = prepare(model_of(family), data_of(family), tmp_path, *flags)
+    parameters = trained(loaded)
+    start = copy_of(parameters)
+    optimizer = torch.optim.Adam(parameters.values(), 1e-3)
+    for step in range(1, 6):
+        forward = train_lpl_dit.training_step(args, loaded, loaded.model, None, batch)
+        assert bool(forward.model_pred.any()) == (step > 1)
+        optimizer.zero_grad()
+        forward.diffusion_loss.backward()
+        optimizer.step()
+        moved = {name for name, parameter in parameters.items() if not torch.equal(parameter, start[name])}
+        if step == 2:  # the output first, so that the blocks have a gradient at the second step
+            assert blocks(moved) == blocks(parameters) and len(blocks(moved)) == 2
+    matrices = {name for name, parameter in parameters.items() if parameter.ndim > 1}
+    assert {name for name in matrices if not without_effect(loaded, name)} <= moved
+
+
+def without_effect(family, name):
+    """In SD3's last block nothing reads what becomes of the text: the gradient of its queries is zero."""
+    last = f"transformer_blocks.{family.denoiser.config.num_layers - 1}.attn"
+    sd3 = isinstance(family.denoiser, SD3Transformer2DModel)
+    return sd3 and any(f"{last}.{part}" in name for part in ("add_q_proj", "norm_added_q"))
+
+
+def blocks(names):
+    return {tuple(name.split(".")[:2]) for name in names if "blocks" in name}
+
+
+# Checkpoints
+
+
+def weights(folder):
+    """Of a result or a checkpoint: the model's or the adapters', and the average."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("transformer*/*.safetensors")]
+    return {(path.relative_to(folder), key): value for path in paths for key, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family, kind", [("DiT", "full"), ("Flux", "LoRA"), ("PixArtSigma", "LoRA")])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(train_dit, model_of, data_of, family, kind):
+    flags = (*KINDS[kind], *LPL, "--use_ema", "--ema_decay", 0.5, "--random_flip", "--checkpointing_steps", 3)
+    flags += ("--proportion_empty_prompts", 0.3, *(("--lora_dropout", 0.3) if kind == "LoRA" else ()))
+    source = {"model": model_of(family), "data": data_of(family), "steps": 6}
+    whole = train_dit(*flags, **source, name="whole")
+    resumed = whole.with_name("resumed")
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    train_dit(*flags, "--resume_from_checkpoint", "latest", **source, name="resumed")
+    for part in (".", "checkpoint-6"):
+        expected, found = weights(whole / part), weights(resumed / part)
+        assert expected and expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    last = weights(whole / "checkpoint-6")
+    assert not all(torch.equal(value, last[name]) for name, value in weights(whole).items() if name in last)
+    assert [row["loss"] for row in read_log(resumed)] == [row["loss"] for row in read_log(whole)[3:]]
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("family, kind", [("StableDiffusion3", "full"), ("DiT", "LoRA")])
+def test_two_processes_train_as_one_does(train_dit, train_on_two_processes, model_of, data_of, family, kind):
+    flags = (*KINDS[kind], *LPL, "--learning_rate", 1e-4)
+    model, data = model_of(family), data_of(family)
+    one = train_dit(*flags, "--train_batch_size", 4, model=model, data=data, steps=2, name="one")
+    two = train_on_two_processes(*flags, model=model, steps=2, script=train_lpl_dit, data=data[1])
+    for row, expected in zip(read_log(two), read_log(one), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["lpl"] == pytest.approx(expected["lpl"], rel=1e-3)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("family", ["StableDiffusion3", "PixArtSigma", "Sana", "Flux"])
+def test_caches_change_nothing_but_the_work(train_dit, model_of, monkeypatch, family):
+    flags = (*LPL, "--center_crop", "--proportion_empty_prompts", 0.3, "--learning_rate", 1e-4)
+    pipe = open_pipeline(model_of(family))
+    encoded = []
+    for encoder, method in ((type(pipe.vae), "encode"), (type(pipe), "encode_prompt")):
+        call = getattr(encoder, method)
+        spy = lambda *a, call=call, **k: encoded.append((call.__name__, a[1])) or call(*a, **k)  # noqa: E731
+        monkeypatch.setattr(encoder, method, spy)
+    plain = train_dit(*flags, model=model_of(family), steps=3, name="plain")
+    prompts = [prompt for name, captions in encoded if name == "encode_prompt" for prompt in captions]
+    assert len(prompts) == 6 and 0 < prompts.count("") < 6
+    encoded.clear()
+    cached = train_dit(*flags, *CACHES, model=model_of(family), steps=3, name="cached")
+    assert [name for name, _ in encoded] == ["encode"] * 10 + ["encode_prompt"] * 11  # photos; captions, and none
+    for row, expected in zip(read_log(cached), read_log(plain), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["lpl"] == pytest.approx(expected["lpl"], rel=1e-4)
+
+
+def test_offloaded_encoders_are_on_the_device_only_while_they_work(train_dit, model_of, monkeypatch):
+    model, families, placed = model_of("PixArtSigma"), [], []
+    monkeypatch.setattr(train_lpl_dit, "cache", lambda *a: families.append(a[2]))
+    monkeypatch.setattr(train_lpl_dit, "finish", lambda *_: None)
+    plain = train_dit(*LPL, model=model, name="plain")
+    for encoder, method, part in (
+        (AutoencoderKL, "encode", "encoder"),
+        (PixArtSigmaPipeline, "encode_prompt", "text_encoders"),
+    ):
+        call = getattr(encoder, method)
+        spy = lambda *a, call=call, part=part, **k: placed.append(families[1].placed[part]) or call(*a, **k)  # noqa: E731
+        monkeypatch.setattr(encoder, method, spy)
+    offloaded = train_dit(*LPL, "--offload", model=model, name="offloaded")
+    assert placed == [True] * 6
+    assert families[0].placed == {"encoder": True, "decoder": True, "text_encoders": True}
+    assert families[1].placed == {"encoder": False, "decoder": True, "text_encoders": False}
+    assert [row["loss"] for row in read_log(offloaded)] == [row["loss"] for row in read_log(plain)]
+
+
+# From scratch
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    build_tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, prediction_type, extra",
+    [
+        ("mmdit-tiny", "epsilon", ()),
+        ("mmdit-tiny", "v_prediction", ("--rescale_betas_zero_snr",)),
+        ("mmdit-tiny", "flow_prediction", ()),
+        ("dit-tiny", "epsilon", ()),
+    ],
+)
+def test_a_new_model_learns_at_64_and_then_at_128_pixels(
+    train_dit, class_folders, vae_folder, config, prediction_type, extra
+):
+    file, data = CONFIGS / f"{config}.json", ("--train_data_dir", class_folders)
+    flags = ("--transformer_config", file, "--pretrained_vae_model_name_or_path", vae_folder, "--lpl_weight", 0)
+    flags += ("--prediction_type", prediction_type, *extra, "--learning_rate", 1e-2)
+    small = train_dit(*flags, model=None, data=data, steps=6, name="small")
+    flags = (*KINDS["full"], *LPL, *DRAW, "--resolution", 128, "--validation_prompt", "volcano")
+    large = train_dit(*flags, model=small, data=data, name="large")
+    assert all(row["lpl"] > 0 for row in read_log(large))
+
+    first, second = open_pipeline(small), open_pipeline(large)
+    assert draw(first, "volcano").shape == (64, 64, 3)
+    assert drawn(large).shape == (128, 128, 3)
+    assert np.abs(draw(second, "volcano") - drawn(large)).max() <= 1
+    assert np.abs(draw(second, "golden retriever") - drawn(large)).max() > 1
+    for pipe in (first, second):
+        assert pipe.get_label_ids(["golden retriever", "volcano"]) == [0, 1]  # sorted, as the folders are
+        if prediction_type == "flow_prediction":
+            assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+        else:
+            scheduler = pipe.scheduler.config
+            assert scheduler.prediction_type == prediction_type and scheduler.rescale_betas_zero_snr == bool(extra)
+
+    positions, old_positions = second.transformer.pos_embed.pos_embed, first.transformer.pos_embed.pos_embed
+    if config == "mmdit-tiny":  # of all sizes up to a largest one: the middle is used
+        assert torch.equal(positions, old_positions)
+        new = ClassConditionalSD3Transformer2DModel.from_config(json.loads(file.read_text()))
+    else:
+        new = DiTTransformer2DModel.from_config(json.loads(file.read_text()), sample_size=16)
+    assert torch.equal(positions, new.pos_embed.pos_embed)
+    as_saved = type(second.transformer).from_config(second.transformer.config)
+    assert torch.equal(positions, as_saved.pos_embed.pos_embed)
+
+
+def test_a_new_text_model_is_trained_in_the_pipeline_around_it(train_dit, model_of, tmp_path):
+    model = model_of("StableDiffusion3")
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    wider = {"num_attention_heads": 3, "caption_projection_dim": 48}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **wider}))
+    flags = ("--transformer_config", tmp_path / "config.json", "--learning_rate", 1e-2)
+    output = train_dit(*flags, *LPL, *DRAW, "--validation_prompt", "a red fox", model=model)
+    pipe = open_pipeline(output)
+    assert pipe.transformer.inner_dim == 48
+    assert np.abs(draw(pipe, "a red fox") - drawn(output)).max() <= 1
+    for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        first, second = (next((folder / part).glob("*.safetensors")) for folder in (model, output))
+        first, second = load_file(first), load_file(second)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# Parts that are not as usual
+
+
+def test_a_quantised_base_gets_float32_adapters(train_dit, tiny_pipeline, tmp_path, monkeypatch):
+    quantizers = pytest.importorskip("diffusers.quantizers.bitsandbytes.bnb_quantizer")
+    from bitsandbytes.nn import Linear4bit
+
+    # Diffusers asks for a GPU; bitsandbytes itself can do without.
+    monkeypatch.setattr(quantizers.BnB4BitDiffusersQuantizer, "validate_environment", lambda *a, **k: None)
+    monkeypatch.setattr(quantizers.BnB4BitDiffusersQuantizer, "update_device_map", lambda *a: {"": "cpu"})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    families, finish = [], train_lpl_dit.finish
+    monkeypatch.setattr(train_lpl_dit, "finish", lambda *a: families.append(a[2]) or finish(*a))
+    config = tmp_path / "bnb.json"
+    config.write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}')
+    flags = ("--use_lora", "--bnb_quantization_config_path", config, "--checkpointing_steps", 2)
+    output = train_dit(*flags, *LPL, model=tiny_pipeline("Flux"), steps=2)
+    adapted = [module for name, module in families[0].denoiser.named_modules() if name.endswith("to_q.base_layer")]
+    assert adapted and all(isinstance(module, Linear4bit) for module in adapted)
+    weights = load_file(output / "pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+    pipe = FluxPipeline.from_pretrained(tiny_pipeline("Flux"))  # and serve the base in full precision
+    pipe.load_lora_weights(output)
+
+
+def test_quantising_needs_a_gpu(train_dit, tiny_pipeline, tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    config = tmp_path / "bnb.json"
+    config.write_text('{"load_in_8bit": true}')
+    with pytest.raises(UserError, match="--bnb_quantization_config_path needs a GPU: leave it out."):
+        train_dit("--use_lora", "--bnb_quantization_config_path", config, model=tiny_pipeline("Flux"))
+
+
+def test_stable_diffusion_3_may_come_without_t5(train_dit, tiny_pipeline, tmp_path):
+    model = shutil.copytree(tiny_pipeline("StableDiffusion3"), tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(model / part)
+        index[part] = [None, None]
+    (model / "model_index.json").write_text(json.dumps(index))
+    output = train_dit(*LPL, *DRAW, "--validation_prompt", "a fox", model=model)
+    drawn, final = (Image.open(output / "samples" / f"{name}.png") for name in ("step-000003", "final"))
+    assert np.abs(np.asarray(drawn, int) - np.asarray(final, int)).max() <= 1
+    StableDiffusion3Pipeline.from_pretrained(output, text_encoder_3=None, tokenizer_3=None)
