@@ -96,7 +96,7 @@ def add_model_arguments(parser, transformers=False):
         add("--guidance_scale", type=number, help="what FLUX.1-dev is told its guidance is while it learns; "
             "by default 3.5")
         add("--offload", action="store_true", help="keep text encoders and the VAE's encoder on the CPU but for the "
-            "moments in which they work: slow without the caches, which need them at the start only")
+            "moments in which they work: best with the caches, which need them at the start only")
 
 
 def add_data_arguments(parser, labels=False):
@@ -475,11 +475,6 @@ def check_combinations(args):
         )
     if args.bnb_quantization_config_path and not args.use_lora:
         raise UserError("--bnb_quantization_config_path: quantised weights can't be trained; add --use_lora.")
-    if args.bnb_quantization_config_path and args.dry_run:
-        raise UserError(
-            "--dry_run can't count a quantised model yet: leave --bnb_quantization_config_path out, and expect a "
-            "quarter (4 bits) or half (8 bits) of the transformer's bytes in bf16."
-        )
     if args.transformer_config and args.use_lora:
         raise UserError("--transformer_config trains new weights, --use_lora adapters to trained ones: leave one out.")
     if args.use_8bit_adam and args.optimizer != "adamw":
@@ -644,7 +639,7 @@ def pipeline_name(args, index):
             f"--pretrained_model_name_or_path {name} is a {pipeline}; this script finetunes "
             f"{', '.join(args.pipelines)}{other}."
         )
-    if new_transformer and new_transformer != index.get("transformer", [None])[-1]:
+    if new_transformer and index.get("transformer", [None])[-1] not in (new_transformer, "Transformer2DModel"):
         raise UserError(
             f"--transformer_config: its _class_name is {new_transformer}, but the transformer of {name} is a "
             f"{index.get('transformer', [None])[-1]}: give the config of one of that class."

@@ -72,7 +72,14 @@ def _cpu_attention_backward(grad, query, key, value, *args, **kwargs):
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
-FORMULAS = flop_registry | {  # torch's own know the attention kernels of GPUs only
+def _convolution_backward(grad, x, weight, bias, stride, padding, dilation, transposed, *settings, **kwargs):
+    wanted = settings[-1]  # the gradients of x, weight and bias
+    positions = (x if transposed else grad).shape[2:].numel()
+    return 2 * len(grad) * positions * weight.numel() * sum(wanted[:2])  # each costs as much as the forward pass
+
+
+FORMULAS = flop_registry | {  # torch's own know the attention kernels of GPUs only, and no groups of convolutions
+    torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
 }

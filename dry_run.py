@@ -73,11 +73,27 @@ def count_what_stays(accelerator, args, family, model, ema):
     return {
         "trainable_parameters": sum(p.numel() for p in trained),
         "parameters": sum(p.numel() for p in family.denoiser.parameters()),
-        "weights": module_bytes(model, *chain(*placed)),
+        "weights": module_bytes(model, *chain(*placed)) - saved_by_quantising(args, family.denoiser),
         "optimizer": optimizer_bytes(args, trained),
         "ema": sum(4 * p.numel() for p in trained) if ema is not None and not args.offload_ema else 0,
         "buckets": sum(4 * p.numel() for p in trained) if accelerator.num_processes > 1 else 0,
     }
+
+
+def saved_by_quantising(args, denoiser):
+    """Bytes that bitsandbytes takes off the frozen linear layers, of which the largest is unpacked as it works."""
+    config = args.bnb_quantization_config_path
+    if not config:
+        return 0
+    linear = (module for module in denoiser.modules() if isinstance(module, torch.nn.Linear))
+    weights = [module.weight for module in linear if not module.weight.requires_grad]
+    if config.get("load_in_8bit"):
+        packed = sum(w.numel() + 4 * w.shape[0] for w in weights)  # a scale for each row
+    elif config.get("bnb_4bit_use_double_quant"):
+        packed = sum(w.numel() / 2 + w.numel() / 64 * (1 + 4 / 256) for w in weights)
+    else:
+        packed = sum(w.numel() / 2 + w.numel() / 64 * 4 for w in weights)  # a scale for every 64 values
+    return sum(w.nbytes for w in weights) - math.ceil(packed) - max(w.nbytes for w in weights)
 
 
 def count_step(accelerator, args, family, model, batch, training_step, lpl):
@@ -86,7 +102,7 @@ def count_step(accelerator, args, family, model, batch, training_step, lpl):
     max_samples = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
     passes = min(2, args.gradient_accumulation_steps)  # the second has the first one's gradients
     decoded, flops = 0, FlopCounter()
-    with gpu_norms(), LiveBytes() as memory:
+    with gpu_norms(), LiveBytes() as memory, counted_visits(family, memory):
         for _ in range(passes):
             with flops:
                 forward = training_step(args, family, model, lpl, batch, max_samples)
@@ -106,9 +122,30 @@ def count_step(accelerator, args, family, model, batch, training_step, lpl):
 
 
 @contextmanager
+def counted_visits(family, memory):
+    """Adds what comes to the device for a moment only (--offload) to `memory`, a LiveBytes."""
+
+    @contextmanager
+    def on_device(part):
+        visiting = 0 if family.placed[part] else module_bytes(*family.modules(part))
+        memory.live += visiting
+        memory.peak = max(memory.peak, memory.live)
+        try:
+            yield
+        finally:
+            memory.live -= visiting
+
+    family.on_device = on_device
+    try:
+        yield
+    finally:
+        del family.on_device
+
+
+@contextmanager
 def gpu_norms():
-    """Lets autocast compute norms in float32, as it does on a GPU; on the CPU it leaves them in bf16."""
-    norms = {name: getattr(F, name) for name in ("group_norm", "layer_norm")}
+    """Lets autocast compute norms (and resize) in float32, as on a GPU; on the CPU it leaves them in bf16."""
+    norms = {name: getattr(F, name) for name in ("group_norm", "layer_norm", "rms_norm", "interpolate")}
 
     def in_float32(norm):
         def compute(*args, **kwargs):
@@ -137,7 +174,7 @@ def expected_decoded(batch, share, max_samples):
 
 
 HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
-HIDDEN += ("num_classes", "id2label", "denoiser_config", "latent_size")
+HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size")
 
 
 def report_settings(args, family, ema):

