@@ -709,6 +709,7 @@ def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
     args.absent_parts = [part for part, entry in parts.items() if entry[-1] is None]  # such as SD3's T5
     check_conditioning(args, index, pipeline, denoiser_config)
     check_vae(args, pipeline, vae_config, denoiser_config)
+    check_resolution(args, pipeline, vae_config, denoiser_config)
     check_schedule(args, pipeline, scheduler_config)
 
 
@@ -730,7 +731,7 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         check_unused(args, ["--label_column"], f"the captions of {pipeline}")
     if not denoiser_config.get("guidance_embeds"):
         check_unused(args, ["--guidance_scale"], f"{pipeline}, which is not told of its guidance")
-    if labels or pipeline.startswith("StableDiffusionP"):
+    if labels:
         check_unused(args, ["--max_sequence_length"], pipeline)
     if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline") and (args.max_sequence_length or 0) > 512:
         raise UserError(
@@ -747,86 +748,92 @@ VAES = {
     "AutoencoderTiny": ("encoder_block_out_channels", "num_decoder_blocks", 4),
     "AutoencoderDC": ("encoder_block_out_channels", "decoder_block_out_channels", 6),
 }
+# Those that a stock pipeline can sample with, if not all
+DECODES = {
+    "SanaPipeline": ("AutoencoderDC", "AutoencoderTiny"),
+    "DiTPipeline": VAES,
+    "ClassConditionalPipeline": VAES,
+    **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline"), ("AutoencoderKL", "AutoencoderTiny")),
+}
+OTHERS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
 
 
 def check_vae(args, pipeline, vae_config, denoiser_config):
-    """The VAE fits LPL, the denoiser and the resolution. Sets `resolution` and `latent_size`, the latents' side."""
-    vae_class = vae_config.get("_class_name")
+    """The VAE fits LPL, the pipeline and the denoiser."""
+    vae_class, another = vae_config.get("_class_name"), "another one with --pretrained_vae_model_name_or_path"
     if vae_class not in VAES:
+        raise UserError(f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give {another}.")
+    if vae_class not in DECODES.get(pipeline, OTHERS):
+        raise UserError(f"the VAE is a {vae_class}, which {pipeline} can't sample with: give {another}.")
+    channels = vae_config.get("latent_channels", 32 if vae_class == "AutoencoderDC" else 4)
+    patch = 4 if pipeline == "FluxPipeline" else 1  # latents that make a channel each
+    taken = denoiser_config.get("in_channels", channels * patch) // patch
+    if channels != taken:
         raise UserError(
-            f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give another one with "
-            "--pretrained_vae_model_name_or_path."
+            f"the VAE has {channels} latent channels, the {denoiser_of(pipeline)} takes {taken}: give the VAE that "
+            "belongs to the model with --pretrained_vae_model_name_or_path"
+            + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
         )
-    for_deep, shifted = pipeline == "SanaPipeline", pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
-    refused = {"DiTPipeline": (), "ClassConditionalPipeline": ()}.get(pipeline, ("AutoencoderDC",))
-    refused = ("AutoencoderKL", "AsymmetricAutoencoderKL") if for_deep else refused
-    if vae_class in refused or shifted and vae_class == "AsymmetricAutoencoderKL":
+    given = (denoiser_config.get("out_channels") or channels * patch) // patch
+    if args.transformer_config and given not in (channels, 2 * channels):
         raise UserError(
-            f"the VAE is a {vae_class}, which {pipeline} can't sample with: give another one with "
-            "--pretrained_vae_model_name_or_path."
+            "--transformer_config: out_channels must be in_channels, or twice that if it predicts a variance as well, "
+            f"not {given * patch}."
         )
-    encoder, decoder, default = VAES[vae_class]
-    factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
-    if args.resolution is None:
-        args.resolution = 1024 if denoiser_config.get("addition_embed_type") == "text_time" else 512
-        if pipeline in CLASS_CONDITIONAL and denoiser_config.get("sample_size"):
-            args.resolution = denoiser_config["sample_size"] * factor
+    shift, reads_shift = vae_config.get("shift_factor"), pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
+    if reads_shift and vae_class == "AutoencoderKL" and shift is None:
+        raise UserError(
+            f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), "
+            f"or give {another}."
+        )
+    if shift and pipeline.startswith(("DiT", "PixArt", "Sana")):
+        raise UserError(f"the VAE has a shift_factor, which {pipeline} does not undo when it samples: give {another}.")
     if args.vae_dtype == "fp16" and vae_config.get("force_upcast"):
         raise UserError(
             "--vae_dtype fp16: this VAE overflows in fp16, as its config says (force_upcast): use --vae_dtype bf16 or "
             "fp32, or a VAE that was made for fp16 with --pretrained_vae_model_name_or_path."
         )
+    _, decoder, default = VAES[vae_class]
+    blocks = len(vae_config.get(decoder, range(default)))
+    blocks -= sum(layers == 0 for layers in vae_config.get("decoder_layers_per_block", ()))  # these have no block
+    if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
+        raise UserError(
+            f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks, give that or fewer."
+        )
+
+
+def denoiser_of(pipeline):
+    return "UNet" if pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else "transformer"
+
+
+def check_resolution(args, pipeline, vae_config, denoiser_config):
+    """The resolution fits VAE and denoiser. Sets it if it is not given, and `latent_size`, the latents' side."""
+    encoder, _, default = VAES[vae_config["_class_name"]]
+    factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
+    made_for = denoiser_config.get("sample_size") if pipeline in CLASS_CONDITIONAL else None
+    if args.resolution is None:
+        args.resolution = 1024 if denoiser_config.get("addition_embed_type") == "text_time" else 512
+        args.resolution = made_for * factor if made_for else args.resolution
     if args.lpl_gradient_checkpointing is None:
         args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
-    name = "UNet" if pipeline.startswith(("StableDiffusionP", "StableDiffusionXL")) else "transformer"
-    channels = vae_config.get("latent_channels", 32 if vae_class == "AutoencoderDC" else 4)
-    pack = 2 if pipeline == "FluxPipeline" else 1
-    taken = denoiser_config.get("in_channels", channels * pack**2) // pack**2
-    if channels != taken:
-        raise UserError(
-            f"the VAE has {channels} latent channels, the {name} takes {taken}: give the VAE that belongs to the "
-            "model with --pretrained_vae_model_name_or_path"
-            + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
-        )
-    given = denoiser_config.get("out_channels") or denoiser_config.get("in_channels", channels * pack**2)
-    if args.transformer_config and given // pack**2 not in (channels, 2 * channels):
-        raise UserError(
-            "--transformer_config: out_channels must be in_channels, or twice that if it predicts a variance as well, "
-            f"not {given}."
-        )
-    if shifted and vae_class == "AutoencoderKL" and vae_config.get("shift_factor") is None:
-        raise UserError(
-            f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), "
-            "or give another one with --pretrained_vae_model_name_or_path."
-        )
-    if vae_config.get("shift_factor") and pipeline.startswith(("DiT", "PixArt", "Sana")):
-        raise UserError(
-            f"the VAE has a shift_factor, which {pipeline} does not undo when it samples: give another one with "
-            "--pretrained_vae_model_name_or_path."
-        )
-    patch = factor if name == "UNet" else factor * pack * denoiser_config.get("patch_size", 1)
+    patch = factor
+    if denoiser_of(pipeline) == "transformer":
+        patch *= 2 if pipeline == "FluxPipeline" else denoiser_config.get("patch_size", 1)
     if args.resolution % patch:
         nearest = max(1, round(args.resolution / patch)) * patch
         what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
         raise UserError(f"--resolution {args.resolution} must be a multiple of {patch}, {what}: {nearest}?")
     args.latent_size = args.resolution // factor
-    if pipeline == "DiTPipeline" and args.use_lora and args.latent_size != denoiser_config.get("sample_size", 32):
+    if pipeline == "DiTPipeline" and args.use_lora and made_for and args.latent_size != made_for:
         raise UserError(
             f"--resolution {args.resolution}: DiTPipeline draws at the size its model was made for, "
-            f"{denoiser_config.get('sample_size', 32) * factor} pixels, with a LoRA too: leave it out, or train all "
-            "weights."
+            f"{made_for * factor} pixels, with a LoRA too: leave it out, or train all weights."
         )
     largest = denoiser_config.get("pos_embed_max_size")
     if largest and args.resolution > largest * patch:
         raise UserError(
             f"--resolution {args.resolution}: the transformer has positions for {largest * patch} pixels "
             "(pos_embed_max_size), give that or less."
-        )
-    blocks = len(vae_config.get(decoder, range(default)))
-    blocks -= sum(layers == 0 for layers in vae_config.get("decoder_layers_per_block", ()))  # these have no block
-    if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
-        raise UserError(
-            f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks, give that or fewer."
         )
 
 

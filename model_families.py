@@ -776,6 +776,12 @@ class ClassConditionalMMDiT(ClassConditional):
     def _sample(self, pipe, prompt, **settings):
         return pipe(self.prompt(prompt), **settings).images
 
+    @property
+    def loader(self):
+        if self.args.use_lora:
+            return super().loader
+        return "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
+
     def _load_saved(self, folder, dtype):
         return load(DiffusionPipeline, folder, "--output_dir", trust_remote_code=True, dtype=dtype)
 

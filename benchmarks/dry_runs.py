@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from memory import DC_AE  # noqa: E402
 from tiny_models import build_photo_folder, build_tiny_tokenizer  # noqa: E402
 from tiny_transformers import CLASSES, _gemma, _t5  # noqa: E402
 
@@ -44,9 +45,6 @@ SDXL_VAE = {**VAE, "scaling_factor": 0.13025, "force_upcast": True}
 VAE_16 = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True}
 SD3_VAE = {**VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_VAE = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
-DC_AE = {"scaling_factor": 0.41407, "attention_head_dim": 32, "upsample_block_type": "interpolate"}
-DC_AE |= {"encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, "downsample_block_type": "Conv"}
-DC_AE |= {"decoder_block_types": DC_AE["encoder_block_types"], "encoder_layers_per_block": (2, 2, 2, 3, 3, 3)}
 ASYMMETRIC_VAE = {"down_block_out_channels": (128, 256, 512, 512), "layers_per_down_block": 2}
 ASYMMETRIC_VAE |= {"up_block_out_channels": (192, 384, 768, 768), "layers_per_up_block": 3}
 ASYMMETRIC_VAE |= {"down_block_types": VAE["down_block_types"], "up_block_types": VAE["up_block_types"]}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -22,6 +22,9 @@ from lpl_utils import LatentPerceptualLoss  # noqa: E402
 
 WIDTHS = (128, 256, 512, 512)
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+DC_AE = {"scaling_factor": 0.41407, "attention_head_dim": 32, "upsample_block_type": "interpolate"}
+DC_AE |= {"encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, "downsample_block_type": "Conv"}
+DC_AE |= {"decoder_block_types": DC_AE["encoder_block_types"], "encoder_layers_per_block": (2, 2, 2, 3, 3, 3)}
 VAES = {
     # Stable Diffusion's and SDXL's have the same shape; the second is cross-attention/asymmetric-autoencoder-kl-x-1-5.
     "SD": lambda: AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=2, **BLOCKS),
@@ -32,6 +35,8 @@ VAES = {
         layers_per_up_block=3,
         **BLOCKS,
     ),
+    "deep compression": lambda: AutoencoderDC(**DC_AE),  # Sana's
+    "TAESD": lambda: AutoencoderTiny(),
 }
 
 
@@ -42,7 +47,7 @@ def measure(vae_name, resolution, batch, **options):
         vae = VAES[vae_name]()
         torch.set_default_dtype(torch.float32)
         lpl = LatentPerceptualLoss(vae, **options)
-        side = resolution // 8
+        side = resolution // getattr(vae, "spatial_compression_ratio", 8)
 
         def term():
             z0, z0_hat = torch.randn(2, batch, vae.config.latent_channels, side, side)
