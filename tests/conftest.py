@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,24 @@ def train_on_two_processes(photos, tmp_path):
 
 def read_log(output):
     return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def refuse(parse, known_flags, capsys):
+    """Parses flags that must be refused and returns the sentence; `parse` and `known_flags` are the module's."""
+    from arguments import REFUSED
+
+    def run(*words, **settings):
+        with pytest.raises(SystemExit) as exit:
+            parse(*words, **settings)
+        assert exit.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "Traceback" not in message
+        assert named_flags(message) <= known_flags | {*words, *REFUSED}, "it names a flag that is not there"
+        return message
+
+    return run
+
+
+def named_flags(message):
+    return set(re.findall(r"--[a-z][\w-]*", message))

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import named_flags
 from tiny_models import build_tiny_sd, build_tiny_vae
 
 import arguments
@@ -43,26 +44,6 @@ def parse(tiny_sd, photos, tmp_path):
         return train_lpl_sd.parse_args([str(word) for word in (*flags, *words)])
 
     return run
-
-
-@pytest.fixture
-def refuse(parse, known_flags, capsys):
-    """Parses flags that must be refused and returns the sentence."""
-
-    def run(*words, **settings):
-        with pytest.raises(SystemExit) as exit:
-            parse(*words, **settings)
-        assert exit.value.code == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and "Traceback" not in message
-        assert named_flags(message) <= known_flags | {*words, *arguments.REFUSED}, "it names a flag that is not there"
-        return message
-
-    return run
-
-
-def named_flags(message):
-    return set(re.findall(r"--[a-z][\w-]*", message))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_arguments import ALL_FLAGS, DIFFUSERS, edit_config, lands, named_flags, words_with
+from conftest import named_flags
+from test_arguments import ALL_FLAGS, DIFFUSERS, edit_config, lands, words_with
 from tiny_models import build_tiny_vae
 from tiny_transformers import build_tiny_pipeline
 
@@ -53,22 +54,6 @@ def parse(tiny_pipeline, photos, class_folders, tmp_path):
         if model is not None:
             flags += ["--pretrained_model_name_or_path", tiny_pipeline(model) if isinstance(model, str) else model]
         return script.parse_args([str(word) for word in (*flags, *words)])
-
-    return run
-
-
-@pytest.fixture
-def refuse(parse, known_flags, capsys):
-    """Parses flags that must be refused and returns the sentence."""
-
-    def run(*words, **settings):
-        with pytest.raises(SystemExit) as exit:
-            parse(*words, **settings)
-        assert exit.value.code == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and "Traceback" not in message
-        assert named_flags(message) <= known_flags | {*words}, "it names a flag that is not there"
-        return message
 
     return run
 

@@ -43,3 +43,25 @@ def test_values_are_those_of_the_cpu():
     on_cpu = LatentPerceptualLoss(build_tiny_vae())(z0_hat, z0)[0]
     on_gpu = LatentPerceptualLoss(build_tiny_vae().cuda())(z0_hat.cuda(), z0.cuda())[0]
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("family", ["DiT", "StableDiffusion3", "PixArtSigma", "Sana", "Flux"])
+def test_transformers_train_in_half_precision(train_dit, tiny_pipeline, photos, class_folders, family, precision):
+    data = ("--train_data_dir", class_folders if family == "DiT" else photos)
+    flags = ("--mixed_precision", precision, "--use_lora", "--offload", "--lpl_sigma_threshold", 80)
+    flags += ("--validation_prompt", "volcano", "--num_validation_images", 1, "--validation_inference_steps", 3)
+    output = train_dit(*flags, model=tiny_pipeline(family), data=data)
+    assert all(0 < row["lpl"] < 10 for row in read_log(output))
+    assert (output / "samples" / "final.png").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_trains_and_draws(train_dit, tiny_pipeline, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "bnb.json").write_text(f'{{"load_in_{bits}bit": true}}')
+    flags = ("--use_lora", "--bnb_quantization_config_path", tmp_path / "bnb.json", "--mixed_precision", "bf16")
+    flags += ("--validation_prompt", "a fox", "--num_validation_images", 1, "--lpl_sigma_threshold", 80)
+    output = train_dit(*flags, "--validation_inference_steps", 3, model=tiny_pipeline("Flux"))
+    assert all(0 < row["lpl"] < 10 for row in read_log(output))
+    assert (output / "samples" / "final.png").exists()
