@@ -164,7 +164,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+def slow_but(fast, names):
+    """The names as parameters, marked as slow if they are not among those that say most."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_but(["SD3 LoRA", "DiT, all weights"], RUNS))
 def test_it_counts_what_a_real_run_does(run, count_real_run, name):
     family, flags, on_device = RUNS[name]
     counted = run(family, *flags, "--dry_run")
@@ -208,7 +213,7 @@ def bare(models, tiny_pipeline, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("family", ["StableDiffusion3", "PixArtAlpha", "Sana", "Flux", "MM-DiT"])
+@pytest.mark.parametrize("family", slow_but(["Flux"], ["StableDiffusion3", "PixArtAlpha", "Sana", "Flux", "MM-DiT"]))
 def test_configs_are_enough_and_nothing_is_written(run, bare, tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     model, caches = bare(family), CACHES[:2] if family in LABELS else CACHES

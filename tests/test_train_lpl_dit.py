@@ -234,7 +234,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(train_dit, model_of, dat
 # Several processes
 
 
-@pytest.mark.parametrize("family, kind", [("StableDiffusion3", "full"), ("DiT", "LoRA")])
+@pytest.mark.parametrize(
+    "family, kind", [("StableDiffusion3", "full"), pytest.param("DiT", "LoRA", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one_does(train_dit, train_on_two_processes, model_of, data_of, family, kind):
     flags = (*KINDS[kind], *LPL, "--learning_rate", 1e-4)
     model, data = model_of(family), data_of(family)
