@@ -600,9 +600,21 @@ def is_folder_name(name):
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
+def class_ids(args):
+    """{name: label} of the model's classes: all their names together, as the index has them, and each by itself.
+
+    What names two classes is not among them.
+    """
+    labels = {}
+    for label, names in args.id2label.items():
+        for name in dict.fromkeys((names, *(name.strip() for name in names.split(",")))):
+            labels.setdefault(name, []).append(label)
+    return {name: found[0] for name, found in labels.items() if len(found) == 1}
+
+
 def label_of(args, prompt):
     """The class label that a validation prompt names or is. Raises UserError."""
-    ids = {name.strip(): label for label, names in args.id2label.items() for name in names.split(",")}
+    ids = class_ids(args)
     label = int(prompt) if prompt.isdecimal() else ids.get(prompt)
     if label is None or label >= args.num_classes:
         near = difflib.get_close_matches(prompt, ids, n=3)
@@ -690,7 +702,10 @@ def vae_folder(name):
 
 def read_json(path, flag, remedy="give a Hub id or the folder of a saved model"):
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it does not hold settings in braces")
+        return values
     except FileNotFoundError:
         raise UserError(f"{flag}: there is no {path}; {remedy}.") from None
     except (OSError, ValueError) as error:
@@ -707,6 +722,9 @@ def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
     args.denoiser_config = denoiser_config
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list)}
     args.absent_parts = [part for part, entry in parts.items() if entry[-1] is None]  # such as SD3's T5
+    needed = [part for part in args.absent_parts if part in ("text_encoder", "text_encoder_2", "transformer", "vae")]
+    if needed:
+        raise UserError(f"--pretrained_model_name_or_path: the model has no {needed[0]}: give one that is complete.")
     check_conditioning(args, index, pipeline, denoiser_config)
     check_vae(args, pipeline, vae_config, denoiser_config)
     check_resolution(args, pipeline, vae_config, denoiser_config)
@@ -760,6 +778,9 @@ OTHERS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
 
 def check_vae(args, pipeline, vae_config, denoiser_config):
     """The VAE fits LPL, the pipeline and the denoiser."""
+    for name in ("in_channels", "out_channels", "patch_size"):  # the classes' defaults differ
+        if args.transformer_config and name not in args.transformer_config:
+            raise UserError(f"--transformer_config does not say {name}: add it.")
     vae_class, another = vae_config.get("_class_name"), "another one with --pretrained_vae_model_name_or_path"
     if vae_class not in VAES:
         raise UserError(f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give {another}.")
@@ -852,6 +873,11 @@ def check_schedule(args, pipeline, scheduler_config):
     saved = scheduler_config.get("prediction_type", "epsilon")
     if "FlowMatch" in scheduler_config.get("_class_name", "") or saved == "flow_prediction":
         saved = "flow_prediction"
+    if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline") and saved != "flow_prediction":
+        raise UserError(
+            f"the scheduler in --pretrained_model_name_or_path is a {scheduler_config.get('_class_name')} without "
+            f"flow matching, which {pipeline} needs: give a model with its own, FlowMatchEulerDiscreteScheduler."
+        )
     if not scheduler_config:  # from scratch
         saved = args.prediction_type or ("epsilon" if pipeline == "DiTPipeline" else "flow_prediction")
         args.prediction_type = saved
@@ -859,7 +885,7 @@ def check_schedule(args, pipeline, scheduler_config):
     if "flow_prediction" in (prediction_type, saved) and prediction_type != saved:
         raise UserError(
             f"--prediction_type {prediction_type}: the model was trained with {saved}, and flow matching can't be "
-            "exchanged for diffusion: leave the flag out, or train with --transformer_config from scratch."
+            "exchanged for diffusion: leave the flag out (class-conditional models from scratch have the choice)."
         )
     if prediction_type == "flow_prediction" and pipeline == "DiTPipeline":
         raise UserError(

@@ -35,7 +35,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from arguments import UserError, label_of
+from arguments import UserError, class_ids, label_of
 
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,7 @@ def _read_class_sub_folders(train_data_dir, images, class_ids):
         names = _class_names(labels, class_ids)
     else:
         labels, names = {name: label for label, name in enumerate(classes)}, dict(enumerate(classes))
-        if class_ids:
-            logger.warning(
-                f"the model knows none of the class sub-folders of --train_data_dir {train_data_dir} by its name, so "
-                f"they are numbered in sorted order: {classes[0]} is class 0, ..., {classes[-1]} {len(classes) - 1}."
-            )
+        _warn_of_numbers(classes, f"class sub-folders of --train_data_dir {train_data_dir}", class_ids)
     return [(path, labels[inner[0]]) for path, inner in zip(images, parts)], names
 
 
@@ -260,6 +256,14 @@ def _check_captions(captions, caption_column):
         )
 
 
+def _warn_of_numbers(classes, what, class_ids):
+    if class_ids:
+        logger.warning(
+            f"the model knows none of the {what} by its name, so they are numbered in order: {classes[0]} is class 0, "
+            f"..., {classes[-1]} {len(classes) - 1}."
+        )
+
+
 def _parse_labels(values, sample_name, column, class_ids):
     """The labels that the values in a column mean, and {label: name} of those that occur.
 
@@ -270,6 +274,8 @@ def _parse_labels(values, sample_name, column, class_ids):
     texts = [str(value).strip() if isinstance(value, (int, str)) else "" for value in values]
     classes = sorted(set(texts) - {""})
     labels = _known_labels(classes, class_ids)
+    if labels is None and not class_ids and "" not in texts and not any(map(str.isdecimal, classes)):
+        return [classes.index(text) for text in texts], dict(enumerate(classes))  # a new model's, in sorted order
     if labels is None:
         labels = {name: int(name) for name in classes if name.isdecimal()}
     bad = [index for index, text in enumerate(texts) if text not in labels]
@@ -390,12 +396,15 @@ def read_hub_dataset(
     if label_column is None:
         _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
         return samples
-    feature = dataset.features[label_column]
-    if isinstance(feature, datasets.ClassLabel) and set(feature.names) <= set(class_ids or ()):
-        captions = map(feature.int2str, captions)  # the model may have these classes under other numbers
-    labels, names = _parse_labels(list(captions), "row {}".format, label_column, class_ids)
-    if isinstance(feature, datasets.ClassLabel):
-        names = {label: feature.int2str(label) for label in names}
+    feature, values = dataset.features[label_column], list(captions)
+    own_names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+    if own_names and _known_labels(own_names, class_ids) is not None:  # the model may number these classes otherwise
+        values = [own_names[value] if 0 <= (-1 if value is None else value) else value for value in values]
+        own_names = []
+    labels, names = _parse_labels(values, "row {}".format, label_column, class_ids)
+    if own_names:
+        names = {label: own_names[label] for label in names}
+        _warn_of_numbers(own_names, f"classes of --dataset_name {dataset_name}", class_ids)
     return replace(samples, labels=np.array(labels), names=names)
 
 
@@ -731,15 +740,16 @@ def read_folder(args):
         samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
     else:
         columns = (args.image_column, args.label_column)
-        samples, names = read_class_folder(args.train_data_dir, *columns, class_ids=_class_ids(args))
-        check_labels(samples, args.num_classes)
-        args.id2label |= names
+        samples, names = read_class_folder(args.train_data_dir, *columns, class_ids=class_ids(args))
+        _add_classes(args, samples, names)
     return check_images(samples, args.max_bad_images)
 
 
-def _class_ids(args):
-    """{name: label} of the model's classes, some of which have several names, separated by commas."""
-    return {name.strip(): label for label, names in args.id2label.items() for name in names.split(",")}
+def _add_classes(args, samples, names):
+    """Adds {label: name} to the model's, which keeps all its names for a class that it knows."""
+    check_labels(samples, args.num_classes)
+    known = class_ids(args)
+    args.id2label |= {label: name for label, name in names.items() if name not in known}
 
 
 def make_stream(args):
@@ -749,11 +759,10 @@ def make_stream(args):
     else:
         columns = {"image_column": args.image_column, "caption_column": args.caption_column}
         if args.num_classes is not None:
-            columns |= {"label_column": args.label_column or "label", "class_ids": _class_ids(args)}
+            columns |= {"label_column": args.label_column or "label", "class_ids": class_ids(args)}
         samples = read_hub_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir)
         if args.num_classes is not None:
-            check_labels(samples, args.num_classes)
-            args.id2label |= samples.names
+            _add_classes(args, samples, samples.names)
         samples, bad = check_images(samples, args.max_bad_images)
     samples = limit_samples(samples, args.max_train_samples, args.seed)
     for prompt in (args.validation_prompts or ()) if args.num_classes is not None else ():

@@ -210,7 +210,7 @@ def report(args, count, family, lpl, tau):
             f"{count['lpl_steps']:.1%} of the steps{start}"
         )
 
-    placed = [denoiser, *(PARTS[part] for part, on_device in family.placed.items() if on_device)]
+    placed = [denoiser, *(PARTS[part] for part, there in family.placed.items() if there and family.modules(part))]
     rows = [
         ("weights", count["weights"], ", ".join(placed)),
         ("optimizer's state", count["optimizer"], "8-bit adamw" if args.use_8bit_adam else args.optimizer),

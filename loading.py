@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors import SafetensorError
 
 from arguments import UserError, is_folder_name, vae_folder
 
@@ -19,7 +20,7 @@ def load(model_class, name, flag, method="from_pretrained", **kwargs):
     """Load from a folder or the Hub; what goes wrong there is the user's to mend, in one sentence."""
     try:
         return getattr(model_class, method)(name, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{flag} {name} can't be loaded ({reason}): give a folder or a Hub id in reach.") from error
 
@@ -27,7 +28,10 @@ def load(model_class, name, flag, method="from_pretrained", **kwargs):
 def load_part(args, part, dtype=None):
     """A model of diffusers, or the scheduler, from the pipeline of --pretrained_model_name_or_path."""
     name, flag, hub = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", hub_flags(args)
-    part_class = getattr(diffusers, load(DiffusionPipeline, name, flag, "load_config", **hub)[part][1])
+    class_name = load(DiffusionPipeline, name, flag, "load_config", **hub)[part][1]
+    part_class = getattr(diffusers, class_name, None)
+    if part_class is None:
+        raise UserError(f"{flag} {name}: diffusers has no {class_name}: give a model with another {part}.")
     if part == "scheduler":
         return load(part_class, name, flag, subfolder=part, **hub)
     if args.dry_run:

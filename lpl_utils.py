@@ -563,7 +563,8 @@ def calibrate(lpl, measurements, target_share=None, reduce=lambda sums: sums):
     )
     diffusion_loss, block_losses = (part.cpu() for part in reduce(sums).split([1, len(lpl.blocks)]))
     if not (block_losses > 0).all() or not sums.isfinite().all():
-        raise ValueError("LPL's weight can't be measured: no sample passed the gate, or a loss was not finite")
+        reason = "no sample passed the gate" if sums.isfinite().all() else "a loss was not finite"
+        raise ValueError(f"LPL's weight can't be measured: {reason}")
     if lpl.weighting == "balanced":
         lpl.balance(block_losses)
     if target_share is not None:

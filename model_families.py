@@ -20,7 +20,6 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -63,7 +62,14 @@ from loading import (
     quantization_config,
     vae_source,
 )
-from noise import flow_sigmas, flow_timestep_weights, new_scheduler, prediction_type, timestep_weights
+from noise import (
+    flow_sigmas,
+    flow_timestep_weights,
+    is_flow_scheduler,
+    new_scheduler,
+    prediction_type,
+    timestep_weights,
+)
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
 
@@ -261,8 +267,9 @@ class Family:
         return self.from_tokens(output, noisy_latents)
 
     def scale_timesteps(self, timesteps):
-        """As the denoiser wants them."""
-        return timesteps
+        """As the denoiser wants them; a scheduler that samples diffusion as well cuts those of flow matching."""
+        flow = self.prediction_type == "flow_prediction"
+        return timesteps.long() if flow and not is_flow_scheduler(self.pipe.scheduler) else timesteps
 
     def to_tokens(self, latents):
         """Latents as the denoiser takes them."""
@@ -368,8 +375,10 @@ class Family:
         except UserError as error:
             saved = Path(folder, self.denoiser_name)
             raise UserError(f"what was trained is saved in {saved}, the rest of the pipeline not: {error}") from error
-        for part in (pipe, pipe.vae) if local else ():
-            part.register_to_config(_name_or_path=name)
+        for part in (pipe, pipe.vae):
+            path = part.config.get("_name_or_path")
+            if path and is_folder_name(path):
+                part.register_to_config(_name_or_path=Path(path).resolve().name)
         pipe.save_pretrained(folder)
 
     def load_result(self, folder):
@@ -439,12 +448,12 @@ class Family:
 
     def _new_denoiser(self, config):
         """A denoiser with new weights, which are a function of the seed."""
-        known = inspect.signature(self.denoiser_class.__init__).parameters
-        unknown = [key for key in config if key not in known and not key.startswith("_") and key != "sample_size"]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            meant = f"; is {near[0]} meant?" if near else "."
-            raise UserError(f"--transformer_config: a {self.denoiser_class.__name__} has no {unknown[0]}{meant}")
+        known = inspect.signature(self.denoiser_class.__init__).parameters.keys()
+        for key in config.keys() - known:  # published configs have keys that are of no use any more
+            near = difflib.get_close_matches(key, known - config.keys(), n=1, cutoff=0.8)
+            if near:
+                name = self.denoiser_class.__name__
+                raise UserError(f"--transformer_config: a {name} has no {key}; is {near[0]} meant?")
         try:
             if self.args.dry_run:
                 return from_config_without_values(self.denoiser_class, config, torch.float32)
@@ -461,7 +470,6 @@ class Family:
         shared = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
         shared |= {"use_dora": args.use_dora, "init_lora_weights": "gaussian"}
         layers = [layer.strip() for layer in (args.lora_layers or self.lora_layers).split(",")]
-        check_lora_layers(self.denoiser, layers)
         adapted = {self.denoiser_name: self.denoiser.requires_grad_(False)}
         config = LoraConfig(target_modules=layers, **shared)
         try:
@@ -606,7 +614,7 @@ class Flux(Family):
         return inputs
 
     def scale_timesteps(self, timesteps):
-        return timesteps / len(self.timesteps)
+        return super().scale_timesteps(timesteps) / len(self.timesteps)
 
     def to_tokens(self, latents):
         return self.pipe._pack_latents(latents, *latents.shape)
@@ -680,9 +688,7 @@ class Sana(Family):
         return {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
 
     def scale_timesteps(self, timesteps):
-        if not isinstance(self.pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-            timesteps = timesteps.long()  # DPMSolverMultistepScheduler, which its checkpoints have, cuts them
-        return timesteps * self.denoiser.config.timestep_scale
+        return super().scale_timesteps(timesteps) * self.denoiser.config.timestep_scale
 
 
 class ClassConditional(Family):
@@ -840,4 +846,7 @@ def find_family(args):
     else:
         vae_config = load(AutoencoderKL, name, flag, "load_config", subfolder="vae", **hub)
     check_configs(args, index, vae_config, denoiser_config, scheduler_config)
+    if args.lora_layers:
+        denoiser = from_config_without_values(family.denoiser_class, denoiser_config, torch.float32)
+        check_lora_layers(denoiser, [layer.strip() for layer in args.lora_layers.split(",")])
     return family

@@ -36,9 +36,14 @@ def sample_noise(latents, generators, offset=0.0):
     return noise
 
 
+def is_flow_scheduler(scheduler):
+    """Whether it knows nothing but flow matching."""
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
 def prediction_type(scheduler):
     """Also of the scheduler that knows flow matching alone."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow_scheduler(scheduler):
         return "flow_prediction"
     return scheduler.config.prediction_type
 
@@ -50,8 +55,9 @@ def flow_sigmas(scheduler, sequence_length):
     sigmas = torch.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
     if config.get("use_dynamic_shifting"):
         start, end = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        slope = (config.max_shift - config.base_shift) / (end - start)
-        return scheduler.time_shift(config.base_shift + slope * (sequence_length - start), 1.0, sigmas)
+        base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = base + (largest - base) / (end - start) * (sequence_length - start)
+        return math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas)
     shift = config.get("shift", config.get("flow_shift", 1.0))
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
@@ -66,7 +72,7 @@ def flow_timestep_weights(args, num_timesteps):
         u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(u))
     elif args.weighting_scheme == "mode":
         u = 1 - u - args.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-    counts = torch.bincount((u * num_timesteps).long(), minlength=num_timesteps)
+    counts = torch.bincount((u * num_timesteps).long().clamp(max=num_timesteps - 1), minlength=num_timesteps)
     return (counts / len(u)).flip(0).float()
 
 

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -9,7 +10,8 @@ from arguments import UserError
 from lpl_utils import LatentPerceptualLoss, calibrate, sigma_gate
 
 
-CALIBRATION_BATCHES = 16
+CALIBRATION_BATCHES, MOST_CALIBRATION_BATCHES = 16, 512  # more than 16 only to see
+CALIBRATION_SAMPLES = 16  # with little enough noise
 
 
 def make_lpl(args, vae, unscale=None):
@@ -47,16 +49,24 @@ def calibrate_lpl(accelerator, args, lpl, forward, batches):
     Args:
         forward: batch -> an object with `diffusion_loss` and `lpl_stats`; batches: an iterator.
     """
-    accelerator.print(f"Measuring LPL on {CALIBRATION_BATCHES} batches.")
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    reduce = partial(accelerator.reduce, reduction="sum")
+    measurements, seen = [], 0
     with torch.no_grad(), torch.random.fork_rng(devices):
-        forwards = (forward(batch) for batch, _ in zip(batches, range(CALIBRATION_BATCHES)))
-        measurements = ((forward.diffusion_loss, forward.lpl_stats) for forward in forwards)
+        for batch in islice(batches, MOST_CALIBRATION_BATCHES):
+            result = forward(batch)
+            measurements.append((result.diffusion_loss, result.lpl_stats))
+            seen += len(result.lpl_stats["chosen"])
+            enough = len(measurements) >= CALIBRATION_BATCHES
+            if enough and reduce(torch.tensor(seen, device=accelerator.device)) >= CALIBRATION_SAMPLES:
+                break
+        accelerator.print(f"Measured LPL on {len(measurements)} batches.")
         share = args.lpl_target_share if args.lpl_weight == "auto" else None
         try:
-            calibrate(lpl, measurements, share, partial(accelerator.reduce, reduction="sum"))
+            calibrate(lpl, measurements, share, reduce)
         except ValueError as error:
-            raise UserError(f"{error}: raise --lpl_sigma_threshold, or give --lpl_weight a number.") from error
+            remedy = "raise --lpl_sigma_threshold, give --lpl_weight a number, or if it overflows try --vae_dtype fp32"
+            raise UserError(f"{error}: {remedy}.") from error
     if args.lpl_weight != "auto":
         lpl.weight = args.lpl_weight
     omega = [round(weight, 5) for weight in lpl.omega.tolist()]

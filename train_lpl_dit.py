@@ -173,15 +173,14 @@ def main(args):
     if args.snr_gamma and family.alphas[-1] == 0 and family.prediction_type != "flow_prediction":
         logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
 
-    if not args.dry_run:
-        cache(accelerator, args, family, stream)
-
     # The perceptual loss: the frozen decoder, hooked.
     lpl = None
     if use_lpl:
         lpl = make_lpl(args, family.vae)
         tau = lpl_threshold(args)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
+    if not args.dry_run:
+        cache(accelerator, args, family, stream)
 
     # Optimizer, schedule, average weights.
     trained = [p for p in family.model.parameters() if p.requires_grad]

@@ -207,7 +207,7 @@ def test_no_model(refuse):
     [
         (None, "there is no {path}; give a transformer's config.json"),
         ('{"_class_name": ', "{path} can't be read (Expecting value"),
-        ("[]", "{path} has no _class_name"),
+        ("[]", "{path} can't be read (it does not hold settings in braces)"),
         ("{}", "{path} has no _class_name"),
         ('{"_class_name": "UNet2DModel"}', "a new UNet2DModel needs --pretrained_model_name_or_path with the pipe"),
         ('{"_class_name": "DiTTransformer2DModel", "patch_size": 0}', "patch_size must be a whole number above 0"),
@@ -326,7 +326,7 @@ def test_a_validation_prompt_that_is_no_class(parse, refuse):
         ("--use_lora", {"load_in_4bits": True}, "is load_in_4bit meant?"),
         ("--use_lora", {}, "{path} must say either load_in_4bit or load_in_8bit: true"),
         ("--use_lora", {**BNB, "load_in_8bit": True}, "{path} must say either load_in_4bit or load_in_8bit: true"),
-        ("--use_lora", [4], "{path} must say either load_in_4bit or load_in_8bit: true"),
+        ("--use_lora", [4], "{path} can't be read (it does not hold settings in braces)"),
     ],
 )
 def test_quantisation_that_cannot_be(refuse, write, tmp_path, monkeypatch, words, content, sentence):
@@ -517,3 +517,23 @@ def test_a_vae_that_the_stock_pipeline_cannot_take(refuse, tiny_pipeline, tmp_pa
     build_tiny_vae(kind, latent_channels=channels, **config).save_pretrained(tmp_path / "vae")
     message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae", model=model)
     assert sentence in message and "--pretrained_vae_model_name_or_path" in message
+
+
+def test_a_transformer_config_says_what_the_classes_have_other_defaults_for(scratch, write):
+    config = {"_class_name": "ClassConditionalSD3Transformer2DModel", "in_channels": 4, "out_channels": 4}
+    assert "--transformer_config does not say patch_size: add it" in scratch(config=write(config))
+
+
+@pytest.mark.parametrize(
+    "family, part, changes, sentence",
+    [
+        ("StableDiffusion3", "scheduler", "EulerDiscreteScheduler", "EulerDiscreteScheduler without flow matching"),
+        ("PixArtSigma", "text_encoder", [None, None], "the model has no text_encoder: give one that is complete"),
+    ],
+)
+def test_parts_that_do_not_fit(refuse, tiny_pipeline, tmp_path, family, part, changes, sentence):
+    if part == "scheduler":
+        model = edit_config(tiny_pipeline(family), tmp_path, "scheduler/scheduler_config.json", _class_name=changes)
+    else:
+        model = edit_config(tiny_pipeline(family), tmp_path, "model_index.json", **{part: changes})
+    assert sentence in refuse(model=model)

@@ -8,6 +8,8 @@ import logging
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from data_utils import (
     limit_samples,
     load_image,
     read_class_folder,
+    read_folder,
     read_hub_dataset,
     read_image_folder,
     transform,
@@ -865,13 +868,46 @@ def test_labels_of_datasets_that_are_no_classes(labelled):
     for kind, values, first in (
         (ClassLabel(num_classes=3), [0, 1, -1, 2, -1, 0], "-1 for row 2"),  # as in test sets without labels
         (Value("float32"), [0.0] * 6, "0.0 for row 0"),
-        (Value("string"), ["cat"] * 6, "'cat' for row 0"),
+        (Value("string"), ["cat", "dog", "", "cat", "dog", "cat"], "'cat' for row 0"),
         (Value("int64"), [0, 1, 2, None, 4, 5], "None for row 3"),
     ):
         with pytest.raises(UserError, match=f"of the labels in column label .*first: {first}.*--label_column"):
             labelled(kind, values, label_column="label")
     with pytest.raises(UserError, match="knows 1 of the 2 classes .* but not cat"):
         labelled(Value("string"), ["cat", "tench"] * 3, label_column="label", class_ids=MODEL_CLASSES)
+
+
+def test_names_without_numbers_are_numbered_in_order_for_a_new_model(labelled):
+    from datasets import Value
+
+    samples = labelled(Value("string"), ["dog", "cat", "eel"] * 2, label_column="label")
+    assert labels_of(samples) == [1, 0, 2] * 2 and samples.names == {0: "cat", 1: "dog", 2: "eel"}
+
+
+def test_classes_of_datasets_that_the_model_numbers_otherwise(labelled, caplog):
+    from datasets import ClassLabel
+
+    read = partial(labelled, label_column="label", class_ids=MODEL_CLASSES)
+    samples = read(ClassLabel(names=["golden retriever", "tench"]), [0, 1] * 3)
+    assert labels_of(samples) == [207, 0] * 3 and samples.names == {207: "golden retriever", 0: "tench"}
+    with pytest.raises(UserError, match="knows 1 of the 2 classes .* but not golden retreiver .golden retriever.."):
+        read(ClassLabel(names=["tench", "golden retreiver"]), [0, 1] * 3)
+    assert not caplog.records
+    samples = read(ClassLabel(names=["ant", "bee"]), [0, 1] * 3)
+    assert labels_of(samples) == [0, 1] * 3 and samples.names == {0: "ant", 1: "bee"}
+    assert "knows none of the classes of --dataset_name" in caplog.text
+
+
+def test_the_model_keeps_its_names_for_the_classes_that_it_knows(tmp_path):
+    make_images(tmp_path, "white shark/1.png", "tabby, tabby cat/2.png", "volcano/3.png")
+    known = {2: "great white shark, white shark", 281: "tabby, tabby cat", 980: "volcano", 134: "crane", 517: "crane"}
+    args = Namespace(id2label=dict(known), num_classes=1000, train_data_dir=str(tmp_path), max_bad_images=0)
+    args.image_column = args.label_column = None
+    samples, _ = read_folder(args)
+    assert {label for _, label in samples} == {2, 281, 980} and args.id2label == known
+    make_images(tmp_path, "crane/4.png")  # which of the two?
+    with pytest.raises(UserError, match="knows 3 of the 4 classes .* but not crane.*the numbers"):
+        read_folder(args)
 
 
 def test_a_label_beyond_the_models_classes_is_refused_with_the_first_image(labelled):

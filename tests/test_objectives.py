@@ -1,3 +1,6 @@
+import itertools
+from argparse import Namespace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -8,7 +11,7 @@ import train_lpl_dit
 import train_lpl_sd
 from data_utils import build_dataloader, make_stream
 from model_families import find_family
-from objectives import loss_weights, make_lpl, min_snr_weight
+from objectives import calibrate_lpl, loss_weights, make_lpl, min_snr_weight
 
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -122,6 +125,23 @@ def test_the_weights_of_flow_matching_are_those_of_the_sd3_script(parse_sd3):
     weights = loss_weights(parse_sd3("--snr_gamma", 2), alpha, sigma, "flow_prediction")
     expected = torch.minimum((alpha / sigma) ** 2, torch.tensor(2.0)) * sigma**2
     torch.testing.assert_close(weights, expected)
+
+
+def test_calibration_goes_on_until_it_has_seen_enough_samples():
+    lpl, asked = Namespace(blocks=[0], omega=torch.ones(1), weighting="uniform", weight=None), []
+
+    def forward(batch):  # only every tenth batch has a sample with little enough noise
+        asked.append(batch)
+        chosen = torch.arange(batch % 10 == 9)
+        stats = {"chosen": chosen, "block_loss": torch.ones(len(chosen), 1), "sample_weight": 1.0}
+        return Namespace(diffusion_loss=torch.tensor(0.5), lpl_stats=stats)
+
+    accelerator = Namespace(print=print, device=torch.device("cpu"), reduce=lambda sums, reduction: sums)
+    args = Namespace(lpl_weight="auto", lpl_target_share=0.2)
+    calibrate_lpl(accelerator, args, lpl, forward, itertools.count())
+    assert len(asked) == 160  # 16 samples
+    # w * 16 is a fifth of the total if it is a quarter of the diffusion loss, 160 * 0.5
+    assert lpl.weight == pytest.approx(160 * 0.5 / 4 / 16)
 
 
 def test_the_gate_sees_the_noise_level_that_built_the_noisy_latents(parse_sd3, monkeypatch):

@@ -319,6 +319,8 @@ def test_a_new_model_learns_at_64_and_then_at_128_pixels(
     large = train_dit(*flags, model=small, data=data, name="large")
     assert all(row["lpl"] > 0 for row in read_log(large))
 
+    for output in (small, large):  # no paths of this machine in what may be shared
+        assert not [path for path in output.rglob("*.json") if str(vae_folder.parent.parent) in path.read_text()]
     first, second = open_pipeline(small), open_pipeline(large)
     assert draw(first, "volcano").shape == (64, 64, 3)
     assert drawn(large).shape == (128, 128, 3)
@@ -416,6 +418,16 @@ def test_quantising_needs_a_gpu(train_dit, tiny_pipeline, tmp_path):
     config.write_text('{"load_in_8bit": true}')
     with pytest.raises(UserError, match="--bnb_quantization_config_path needs a GPU: leave it out."):
         train_dit("--use_lora", "--bnb_quantization_config_path", config, model=tiny_pipeline("Flux"))
+
+
+def test_a_decoder_that_lpl_refuses_is_found_before_anything_is_encoded(train_dit, tiny_pipeline, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("it adds noise")
+
+    monkeypatch.setattr("objectives.LatentPerceptualLoss", refuse)
+    monkeypatch.setattr("train_utils.share_work", lambda *args: pytest.fail("something was encoded"))
+    with pytest.raises(UserError, match="LPL can't be computed: it adds noise"):
+        train_dit(*CACHES, model=tiny_pipeline("StableDiffusion3"))
 
 
 def test_stable_diffusion_3_may_come_without_t5(train_dit, tiny_pipeline, tmp_path):

@@ -16,7 +16,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from tiny_models import build_tiny_vae
@@ -324,6 +330,30 @@ def test_timesteps_are_drawn_as_in_the_sd3_script_of_diffusers(load, words, dens
     assert (weights[:-1] - distribution(theirs)).abs().max() < 2 / n**0.5
     ours = family.sample_timesteps([generator] * 8000)
     assert (weights[:-1] - distribution(ours)).abs().max() < 2 / 8000**0.5
+
+
+@pytest.mark.parametrize("words", [("--logit_mean", 40), ("--logit_std", 20)])
+def test_extreme_densities_stay_among_the_timesteps(load, words):
+    family, _ = load("StableDiffusion3", "--weighting_scheme", "logit_normal", *words)
+    assert len(family.timestep_weights) == 1000 and family.timestep_weights.sum().item() == pytest.approx(1, abs=1e-5)
+    expected = family.timesteps.min() if words[0] == "--logit_mean" else None  # more than any other: the least noise
+    if expected is not None:
+        assert family.timesteps[family.timestep_weights.argmax()] == expected
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    "scheduler, told", [(FlowMatchHeunDiscreteScheduler(shift=3.0), 749.6), (UniPCMultistepScheduler(**FLOW), 749)]
+)
+def test_other_schedulers_of_flow_matching(load, monkeypatch, scheduler, told):
+    monkeypatch.setitem(REPLACED, "StableDiffusion3 otherwise", {"scheduler": scheduler})
+    family, _ = load("StableDiffusion3 otherwise")
+    u = torch.arange(1, 1001) / 1000
+    torch.testing.assert_close(family.sigmas, 3 * u / (1 + 2 * u))
+    # What samples diffusion as well tells the model whole numbers.
+    assert family.scale_timesteps(torch.tensor([749.6])).item() == pytest.approx(told)
 
 
 def test_the_share_that_lpl_sees_is_that_of_the_noise_levels_below_tau(load):
