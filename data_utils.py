@@ -35,7 +35,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from arguments import UserError, class_ids, label_of
+from arguments import UserError
+from model_checks import class_ids, label_of
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError
 
-from arguments import UserError, is_folder_name, vae_folder
+from arguments import UserError
+from model_checks import is_folder_name, vae_folder
 
 
 VAE_FLAG = "--pretrained_vae_model_name_or_path"

@@ -46,7 +46,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from arguments import UserError, check_configs, is_folder_name, label_of, pipeline_name
+from arguments import UserError
 from counters import without_values
 from loading import (
     VAE_FLAG,
@@ -62,6 +62,7 @@ from loading import (
     quantization_config,
     vae_source,
 )
+from model_checks import check_configs, is_folder_name, label_of, pipeline_name
 from noise import (
     flow_sigmas,
     flow_timestep_weights,

@@ -28,8 +28,9 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from arguments import UserError, complete_checkpoints, is_folder_name
+from arguments import UserError, complete_checkpoints
 from data_utils import all_captions, cache_latents
+from model_checks import is_folder_name
 
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -26,7 +26,7 @@ from tiny_transformers import CLASSES, _gemma, _t5  # noqa: E402
 
 import train_lpl_dit  # noqa: E402
 import train_lpl_sd  # noqa: E402
-from arguments import FROM_SCRATCH  # noqa: E402
+from model_checks import FROM_SCRATCH  # noqa: E402
 
 
 # Text encoders

@@ -15,6 +15,7 @@ from tiny_models import build_tiny_vae
 from tiny_transformers import build_tiny_pipeline
 
 import arguments
+import model_checks
 import train_lpl_dit
 import train_lpl_sd
 
@@ -342,7 +343,7 @@ def test_quantisation_knows_all_settings_of_diffusers():
     from diffusers import BitsAndBytesConfig
 
     settings = set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
-    assert settings == set(arguments.QUANTIZATION_KEYS)
+    assert settings == set(model_checks.QUANTIZATION_KEYS)
 
 
 def test_quantisation_without_its_package(refuse, write, monkeypatch):
