@@ -22,7 +22,7 @@ SIZES = (
 def read_transformer_config(path):
     """What --transformer_config says, as far as it can be checked without the transformer. Raises UserError."""
     config = read_json(path, "--transformer_config", "give a transformer's config.json")
-    if not (isinstance(config, dict) and isinstance(config.get("_class_name"), str)):
+    if not isinstance(config.get("_class_name"), str):
         raise UserError(
             f"--transformer_config: {path} has no _class_name, such as DiTTransformer2DModel: give a transformer's "
             "config.json."
@@ -45,11 +45,10 @@ def read_quantization_config(path):
     """What --bnb_quantization_config_path says. Raises UserError."""
     flag = "--bnb_quantization_config_path"
     config = read_json(path, flag, 'write one such as {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}')
-    for key in config if isinstance(config, dict) else ():
-        if key not in QUANTIZATION_KEYS:
-            near = difflib.get_close_matches(key, QUANTIZATION_KEYS, n=1, cutoff=0)[0]
-            raise UserError(f"{flag}: there is no setting {key} in bitsandbytes: leave it out, or is {near} meant?")
-    if not (isinstance(config, dict) and (config.get("load_in_4bit") is True) != (config.get("load_in_8bit") is True)):
+    for key in config.keys() - set(QUANTIZATION_KEYS):
+        near = difflib.get_close_matches(key, QUANTIZATION_KEYS, n=1, cutoff=0)[0]
+        raise UserError(f"{flag}: there is no setting {key} in bitsandbytes: leave it out, or is {near} meant?")
+    if (config.get("load_in_4bit") is True) == (config.get("load_in_8bit") is True):
         raise UserError(f"{flag}: {path} must say either load_in_4bit or load_in_8bit: true.")
     return config
 
@@ -199,6 +198,7 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         if not hasattr(args, "id2label"):  # else the data's names are there already
             args.id2label = {int(label): name for label, name in (index.get("id2label") or {}).items()}
         check_unused(args, ["--caption_column", "--cache_text_embeddings"], f"the class labels of {pipeline}")
+        check_unused(args, ["--max_sequence_length"], pipeline)
         if pipeline == "DiTPipeline" and args.num_classes != 1000:
             raise UserError(
                 "--transformer_config: num_embeds_ada_norm must be 1000, because DiTPipeline takes label 1000 for no "
@@ -208,8 +208,6 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         check_unused(args, ["--label_column"], f"the captions of {pipeline}")
     if not denoiser_config.get("guidance_embeds"):
         check_unused(args, ["--guidance_scale"], f"{pipeline}, which is not told of its guidance")
-    if labels:
-        check_unused(args, ["--max_sequence_length"], pipeline)
     if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline") and (args.max_sequence_length or 0) > 512:
         raise UserError(
             f"--max_sequence_length {args.max_sequence_length}: {pipeline} draws with at most 512, give that or less."

@@ -90,7 +90,7 @@ def timestep_weights(args, num_timesteps):
 
 
 def new_scheduler(args):
-    """For a model from scratch: flow matching, or the noise schedule of METHOD: Stable Diffusion's."""
+    """For a model from scratch: flow matching, or Stable Diffusion's noise schedule."""
     if args.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}

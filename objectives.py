@@ -43,20 +43,20 @@ def lpl_threshold(args):
     return args.lpl_sigma_threshold * args.resolution / args.lpl_base_resolution
 
 
-def calibrate_lpl(accelerator, args, lpl, forward, batches):
+def calibrate_lpl(accelerator, args, lpl, step, batches):
     """Measure what LPL's weight needs; nothing is trained, and the random state is as before.
 
     Args:
-        forward: batch -> an object with `diffusion_loss` and `lpl_stats`; batches: an iterator.
+        step: batch -> an object with `diffusion_loss` and `lpl_stats`; batches: an iterator.
     """
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     reduce = partial(accelerator.reduce, reduction="sum")
     measurements, seen = [], 0
     with torch.no_grad(), torch.random.fork_rng(devices):
         for batch in islice(batches, MOST_CALIBRATION_BATCHES):
-            result = forward(batch)
-            measurements.append((result.diffusion_loss, result.lpl_stats))
-            seen += len(result.lpl_stats["chosen"])
+            forward = step(batch)
+            measurements.append((forward.diffusion_loss, forward.lpl_stats))
+            seen += len(forward.lpl_stats["chosen"])
             enough = len(measurements) >= CALIBRATION_BATCHES
             if enough and reduce(torch.tensor(seen, device=accelerator.device)) >= CALIBRATION_SAMPLES:
                 break

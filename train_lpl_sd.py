@@ -164,10 +164,9 @@ def main(args):
         logger.warning("--snr_gamma gives the last timestep weight 0, as it has no signal: nothing is learnt there.")
 
     # The perceptual loss: the frozen decoder, hooked.
-    lpl = None
+    lpl, tau = None, lpl_threshold(args)
     if use_lpl:
         lpl = make_lpl(args, family.vae)
-        tau = lpl_threshold(args)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
     if not args.dry_run:
         cache(accelerator, args, family, stream)
@@ -180,8 +179,7 @@ def main(args):
     model, optimizer = accelerator.prepare(family.model.train(), optimizer, device_placement=placement)
     ema = make_ema(args, family, trained, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
     if args.dry_run:
-        tau, batch = lpl_threshold(args), next(batches())
-        return dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step)
+        return dry_run(accelerator, args, family, model, lpl, tau, ema, next(batches()), training_step)
 
     # Where to start.
     register_checkpoint_models(accelerator, family, ema)
@@ -203,8 +201,8 @@ def main(args):
     while global_step < args.max_train_steps:
         step_lpl = lpl if global_step >= args.lpl_start_step else None
         if step_lpl is not None and lpl.weight is None:
-            forward = partial(training_step, args, family, model, lpl)
-            calibrate_lpl(accelerator, args, lpl, forward, batches(start_position=position))
+            step = partial(training_step, args, family, model, lpl)
+            calibrate_lpl(accelerator, args, lpl, step, batches(start_position=position))
 
         # One optimizer step, of several forward passes if gradients are accumulated.
         diagnostics = {}

@@ -282,7 +282,10 @@ def main():
     print("|---|---|---|---|---|")
     xl = "stabilityai/stable-diffusion-xl-base-1.0"
     lora = ["--mixed_precision", "bf16", "--cache_latents", "--center_crop", "--cache_text_embeddings", "--use_lora"]
-    runs = readme_commands() | {
+    commands = readme_commands()
+    flux, flux_flags = commands["FLUX.1-dev LoRA on 24 GB"]
+    runs = commands | {
+        "FLUX.1-dev LoRA on 24 GB, at 1024 pixels": (flux, [*flux_flags, "--resolution", 1024]),
         "SDXL LoRA, batch 1, without --gradient_checkpointing": (xl, [*lora, "--train_batch_size", 1]),
         "SDXL LoRA, batch 8": (xl, [*lora, "--train_batch_size", 8, "--gradient_checkpointing"]),
     }

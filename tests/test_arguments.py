@@ -271,7 +271,7 @@ def test_the_commands_of_the_readme_are_accepted(tiny_sd, tiny_sdxl, photos, tmp
         assert Path(args.pretrained_model_name_or_path).is_dir(), "the model has no tiny one, so nothing was checked"
 
 
-# Script -> flag -> example and default; PEERS.md stands for flags that users know of other scripts.
+# Script -> flag -> example and default; `other scripts` has flags that users know from elsewhere.
 DIFFUSERS = json.loads((ROOT / "tests" / "diffusers_flags.json").read_text())
 del DIFFUSERS["source"]
 ALL_FLAGS = {flag: entry["example"] for flags in DIFFUSERS.values() for flag, entry in flags.items()}
@@ -408,7 +408,7 @@ def test_a_command_for_a_diffusers_script_needs_no_change_but_use_lora(
         assert lands(args, flag, value)
 
 
-@pytest.mark.parametrize("script", [name for name in DIFFUSERS if "text_to_image" in name or name == "PEERS.md"])
+@pytest.mark.parametrize("script", [name for name in DIFFUSERS if "text_to_image" in name or name == "other scripts"])
 def test_the_defaults_are_those_of_the_diffusers_scripts_but_for_these(script, parse, tiny_sd, tiny_sdxl):
     args = parse(model=tiny_sdxl if "sdxl" in script else tiny_sd, resolution=None)
     given = {"--pretrained_model_name_or_path", "--train_data_dir", "--output_dir", *arguments.REFUSED}

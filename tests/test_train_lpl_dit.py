@@ -411,9 +411,8 @@ def test_the_dry_run_knows_the_bytes_of_a_quantised_base(model_of, data_of, tmp_
     assert saved_by_quantising(args, plain.denoiser) == pytest.approx(saved - largest, rel=0.02)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
 def test_quantising_needs_a_gpu(train_dit, tiny_pipeline, tmp_path):
-    if torch.accelerator.is_available():
-        pytest.skip("there is one")
     config = tmp_path / "bnb.json"
     config.write_text('{"load_in_8bit": true}')
     with pytest.raises(UserError, match="--bnb_quantization_config_path needs a GPU: leave it out."):
