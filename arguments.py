@@ -275,8 +275,9 @@ FLOW = "belongs to flow-matching transformers: here, timesteps are weighted with
 FLOW += "--timestep_bias_strategy"
 PRIOR = "belongs to prior preservation, which is not there yet: put pictures of the class, with captions, into "
 PRIOR += "--train_data_dir, or change less with --use_lora and a small --rank"
-FLUX2 = "belongs to FLUX.2, which is not there yet: leave it out; captions can be encoded once, before training, with "
-FLUX2 += "--cache_text_embeddings"
+ENCODER = "is not there: leave it out; --cache_text_embeddings takes the text encoders off the device before training"
+BUCKETS = "is not there yet: images are cropped to squares of --resolution, at a random place or with --center_crop"
+PARTS = "is not needed: leave it out, all tokenizers and text encoders are those of --pretrained_model_name_or_path"
 RANK = "is not needed: leave it out and start with `accelerate launch`, which numbers the processes"
 REFUSED = {
     "--instance_data_dir": "is --train_data_dir here: a folder of images, with a caption for each in its "
@@ -300,9 +301,14 @@ REFUSED = {
     "--vae_dtype bf16 or a smaller --resolution",
     "--do_fp8_training": "is not there: save memory with --mixed_precision bf16, --gradient_checkpointing and "
     "--use_8bit_adam",
-    "--text_encoder_out_layers": FLUX2,
-    "--remote_text_encoder": FLUX2,
-    "--fsdp_text_encoder": FLUX2,
+    "--system_prompt": "is not there: captions get the one that Lumina2Pipeline has by default: leave it out",
+    "--text_encoder_out_layers": "is not there: captions are read from the layers that the pipeline draws with by "
+    "default: leave it out",
+    "--remote_text_encoder": ENCODER,
+    "--fsdp_text_encoder": ENCODER,
+    "--pretrained_tokenizer_4_name_or_path": PARTS,
+    "--pretrained_text_encoder_4_name_or_path": PARTS,
+    "--caption_dropout": "is --proportion_empty_prompts here",
     "--micro_conditions": "is not needed: leave it out, the model's config says whether it is told of the size",
     "--max_token_length": "is --max_sequence_length here, for transformers; for UNets leave it out",
     "--input_perturbation": "trains on other noise than the target's, so that LPL can't tell the clean latent: leave "
@@ -317,8 +323,8 @@ REFUSED = {
     "attention",
     "--debug_loss": "is not needed: the losses are in train_log.jsonl and the tracker, at every step with "
     "--logging_steps 1",
-    "--aspect_ratio_buckets": "is not there yet: images are cropped to squares of --resolution, at a random place or "
-    "with --center_crop",
+    "--aspect_ratio_buckets": BUCKETS,
+    "--use_aspect_ratio_buckets": BUCKETS,
     "--weighting_scheme": FLOW,
     "--logit_mean": FLOW,
     "--logit_std": FLOW,

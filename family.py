@@ -38,8 +38,9 @@ from loading import (
     quantization_config,
     vae_source,
 )
-from model_checks import is_folder_name
+from model_checks import is_folder_name, latent_channels
 from noise import (
+    dynamic_shift,
     flow_sigmas,
     flow_timestep_weights,
     is_flow_scheduler,
@@ -80,6 +81,9 @@ class Family:
     lora_layers = "to_k,to_q,to_v,to_out.0"
     stock_lora = True  # whether the stock pipeline reads LoRA files
     pack = 1  # side of the patches into which the pipeline packs latents
+    ragged = False  # whether the length of embeddings depends on the caption
+    unread = ()  # modules whose output nobody reads: without a gradient DDP would wait for theirs
+    timestep_name, guidance_name = "timestep", "guidance_scale"  # in the denoiser's call, in the pipeline's
 
     def __init__(self, args, device, weight_dtype, vae_dtype):
         self.args, self.device, self.weight_dtype = args, device, weight_dtype
@@ -100,6 +104,8 @@ class Family:
         for module in (self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
         self.adapted = self._add_adapters() if args.use_lora else {}
+        for name in self.unread:
+            self.denoiser.get_submodule(name).requires_grad_(False)
         if args.dry_run:
             for module in (self.denoiser, self.vae, *self.text_encoders.values()):
                 without_values(module)
@@ -160,24 +166,39 @@ class Family:
         """Scaled latents `[B, C, h, w]`, float32, drawn from their posterior; one generator per sample."""
         latents = batch["posteriors"] if "posteriors" in batch else self.encode_images(batch["pixel_values"])
         latents = latents.to(self.device, non_blocking=True)
-        if latents.shape[1] == 2 * self.vae.config.latent_channels:
+        if latents.shape[1] == 2 * latent_channels(self.vae.config):
             latents = DiagonalGaussianDistribution(latents).sample(generators)
-        return (latents.float() - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
+        return self.scale(latents.float())
+
+    def scale(self, latents):
+        """What the VAE encodes to, `[B, C, h, w]` -> what the denoiser sees."""
+        return (latents - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
+
+    def unscale(self, latents):
+        """What the denoiser sees -> what `vae.decode` takes; differentiable."""
+        return latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
+
+    def decode(self, latents):
+        """Scaled latents `[B, C, h, w]` -> images `[B, 3, H, W]` in [-1, 1]."""
+        return self.vae.decode(self.unscale(latents.float()).to(self.vae.dtype)).sample
 
     def decode_images(self, latents):
         """Scaled latents `[B, C, h, w]` -> a list of PIL images."""
-        latents = latents.float() / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
-        images = self.vae.decode(latents.to(self.vae.dtype)).sample
-        return VaeImageProcessor().postprocess(images.float())
+        return VaeImageProcessor().postprocess(self.decode(latents).float())
 
     # Prompts
 
     def encode_prompts(self, captions):
-        """Captions -> embeddings, name of the pipeline's argument -> `[B, ...]`; an empty one is no prompt."""
+        """Captions -> embeddings, name of the pipeline's argument -> `[B, ...]`; an empty one is no prompt.
+
+        Embeddings whose length depends on the caption are a list of B tensors, so that no caption sees the others.
+        """
         if self._embeddings is None:
             with self.on_device("text_encoders"):
                 return self._encode(captions)
         rows = [self._embeddings[caption] for caption in captions]
+        if self.ragged:
+            return {name: [row[name].to(self.device, non_blocking=True) for row in rows] for name in rows[0]}
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return {name: embeddings.to(self.device, non_blocking=True) for name, embeddings in stacked.items()}
 
@@ -204,7 +225,7 @@ class Family:
         self.prediction_type = prediction_type(scheduler)
         if self.prediction_type == "flow_prediction":
             patch_size = self.denoiser.config.get("patch_size", 1) * self.pack
-            self.sigmas = flow_sigmas(scheduler, sequence_length=(self.args.latent_size // patch_size) ** 2)
+            self.sigmas = flow_sigmas(scheduler, self.flow_shift((self.args.latent_size // patch_size) ** 2))
             self.alphas = 1 - self.sigmas
             self.timesteps = self.sigmas * len(self.sigmas)
             self.timestep_weights = flow_timestep_weights(self.args, len(self.sigmas))
@@ -214,6 +235,10 @@ class Family:
         self.alphas, self.sigmas = abar.sqrt(), (1 - abar).sqrt()
         self.timesteps = torch.arange(len(abar))
         self.timestep_weights = timestep_weights(self.args, len(abar))
+
+    def flow_shift(self, sequence_length):
+        """mu of the noise levels, where the scheduler lets it depend on the number of tokens."""
+        return dynamic_shift(self.pipe.scheduler.config, sequence_length)
 
     def sample_timesteps(self, generators):
         """Timesteps `[B]`, from CPU generators, so that nobody waits for the device to know them."""
@@ -235,11 +260,11 @@ class Family:
     def predict(self, model, noisy_latents, timesteps, conditioning):
         """The output of `model` `[B, C, h, w]`, in the convention of `self.prediction_type`."""
         if self.args.train_text_encoder:
-            inputs = conditioning
+            inputs = dict(conditioning)
         else:
             inputs = self.denoiser_inputs(noisy_latents, **conditioning)
-        timesteps = self.scale_timesteps(timesteps).to(self.device, non_blocking=True)
-        output = model(self.to_tokens(noisy_latents), timestep=timesteps, **inputs, return_dict=False)[0]
+        inputs[self.timestep_name] = self.scale_timesteps(timesteps).to(self.device, non_blocking=True)
+        output = model(self.to_tokens(noisy_latents), **inputs, return_dict=False)[0]
         return self.from_tokens(output, noisy_latents)
 
     def scale_timesteps(self, timesteps):
@@ -259,8 +284,8 @@ class Family:
 
     @staticmethod
     def prompt(prompt):
-        """What the pipeline takes for a prompt of the flags."""
-        return prompt
+        """The pipeline's arguments for a prompt of the flags."""
+        return {"prompt": prompt}
 
     @staticmethod
     def size_settings(resolution):
@@ -380,7 +405,7 @@ class Family:
             pipe.enable_model_cpu_offload(device=self.device)
         else:
             pipe.to(self.device)
-        return lambda prompt, **settings: pipe(self.prompt(prompt), **self.sampling, **settings).images[0]
+        return lambda prompt, **settings: pipe(**self.prompt(prompt), **self.sampling, **settings).images[0]
 
     def _load_saved(self, folder, **settings):
         return load(self.pipeline_class, folder, "--output_dir", **settings)

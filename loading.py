@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+from argparse import Namespace
 
 import diffusers
 import torch
@@ -85,6 +86,14 @@ def given_vae_config(args):
     return load(AutoencoderKL, vae_source(args), VAE_FLAG, "load_config", cache_dir=args.cache_dir)
 
 
+def load_vae(args, dtype):
+    """The VAE that the run works with: its own or the pipeline's, with its values, also for --dry_run."""
+    if not args.pretrained_vae_model_name_or_path:
+        return load_part(Namespace(**{**vars(args), "dry_run": False}), "vae", dtype)
+    vae_class = getattr(diffusers, given_vae_config(args)["_class_name"])
+    return load(vae_class, vae_source(args), VAE_FLAG, dtype=dtype, cache_dir=args.cache_dir)
+
+
 def quantization_config(args):
     """What --bnb_quantization_config_path says."""
     if not torch.accelerator.is_available():
@@ -109,7 +118,10 @@ def check_lora_layers(denoiser, layers):
 
 def check_text_widths(denoiser_class, config, pipelines):
     """A new transformer must take the embeddings that the pipeline's text encoders give. Raises UserError."""
-    for name in ("joint_attention_dim", "pooled_projection_dim", "caption_channels"):
+    names = ["joint_attention_dim", "pooled_projection_dim", "caption_channels", "cap_feat_dim"]
+    if denoiser_class.__name__ == "HunyuanDiT2DModel":  # whose pooled projection is its own
+        names = ["cross_attention_dim", "cross_attention_dim_t5"]
+    for name in names:
         default = inspect.signature(denoiser_class.__init__).parameters.get(name)
         if default is not None and config.get(name, default.default) != pipelines.get(name, default.default):
             raise UserError(
@@ -118,11 +130,15 @@ def check_text_widths(denoiser_class, config, pipelines):
             )
 
 
+# The outputs, and the gates of adaptive norms
+ZERO = r"^proj_out|^norm_out\.linear_2$|^all_final_layer\..*\.linear$|norm\w*\.linear$|adaLN_modulation"
+
+
 def initialize(transformer):
     """New weights: the output starts as zero, and so do the gates of adaptive norms (adaLN-Zero, Peebles & Xie)."""
     for name, module in transformer.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
-            if re.search(r"norm\w*\.linear$|^proj_out", name):
+            if re.search(ZERO, name):
                 torch.nn.init.zeros_(module.weight)
             else:
                 torch.nn.init.xavier_uniform_(module.weight.data.flatten(1))

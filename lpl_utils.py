@@ -13,6 +13,7 @@ Shapes: B batch, C channels, h x w positions of a latent or feature map, L hooke
 Latents are *scaled* (what the denoiser sees) unless a name says *unscaled* (what the decoder wants).
 """
 
+import inspect
 import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -109,7 +110,8 @@ class LatentPerceptualLoss:
 
     Args:
         vae: an autoencoder of diffusers: `AutoencoderKL`, `AsymmetricAutoencoderKL` (mid and up blocks),
-            `AutoencoderDC` (up blocks alone) or `AutoencoderTiny` (the last block of each stage).
+            `AutoencoderDC` (up blocks alone) or `AutoencoderTiny` (the last block of each stage). Others with such
+            decoders, `AutoencoderKLFlux2` and `AutoencoderKLQwenImage` for instance, need `unscale`.
         num_blocks: up blocks to compare, not counting the mid block; 3 is the economical choice (Fig. 7).
         normalization: whose statistics standardise the features, per sample and channel over the valid positions.
             `shared`: both tensors with those of the prediction (Sec. 3.2); `target`: both with those of the clean
@@ -123,13 +125,14 @@ class LatentPerceptualLoss:
         mask_outliers, outlier_source: Algorithm 1 on layers with at least 4 times the first layer's resolution, on
             the features of the `prediction`, of the `target`, or leaving out what either calls an outlier (`union`).
         chunk_size: samples that are decoded at a time.
-        unscale: maps scaled to unscaled latents; by default `z / scaling_factor + shift_factor` of the VAE.
+        unscale: maps scaled latents to what `vae.decode` takes, by default `z / scaling_factor + shift_factor` of the
+            VAE; may change their shape. A decoder of videos takes `[B, C, 1, h, w]`.
         gradient_checkpointing: recompute the decoder's blocks in the backward pass; also on when the VAE's own is.
         compile_backend: `torch.compile` the decoder's blocks with this backend, `inductor` for instance.
 
     Raises:
         ValueError: an unknown option; no blocks to hook or fewer than asked for; a decoder that is not a function of
-            its latents alone (adds noise, keeps state).
+            its latents alone (adds noise, keeps state); no `unscale` for a VAE without a scaling factor.
     """
 
     def __init__(
@@ -161,6 +164,10 @@ class LatentPerceptualLoss:
         self.normalization, self.detach_stats, self.reduction = normalization, detach_stats, reduction
         self.weighting, self.mask_outliers, self.outlier_source = weighting, mask_outliers, outlier_source
         self.chunk_size, self.gradient_checkpointing = chunk_size, gradient_checkpointing
+        if unscale is None and getattr(vae.config, "scaling_factor", None) is None:
+            raise ValueError(
+                f"{type(vae).__name__} has no scaling_factor: LPL needs to be told how to unscale latents."
+            )
         self.unscale = unscale or self._unscale
         self.weight = None  # w_LPL: set by the caller or by `calibrate`; kept here to be saved with omega
 
@@ -175,7 +182,7 @@ class LatentPerceptualLoss:
         self.blocks = mid_blocks + up_blocks
         self.depth = len(mid_blocks) + num_blocks
         self._forwards = {}  # block -> its compiled forward
-        self.blocks = [block for block, _ in self._run(self._probe_latents()[0])]
+        self.blocks = [block for block, _ in self._decode(self._probe_latents()[0])]
         self._probe()
         if compile_backend:
             # Block by block: hooks on a decoder that is compiled as a whole would never fire.
@@ -246,21 +253,20 @@ class LatentPerceptualLoss:
 
     def features(self, z):
         """Features of scaled latents `[B, C, h, w]`: L tensors `[B, C_l, h_l, w_l]` in the order of the blocks."""
-        return [output for _, output in self._run(z)]
+        return [output for _, output in self._decode(self.unscale(_float(z)))]
 
-    def _run(self, z):
-        """Decode scaled latents until `self.depth` hooked blocks have run: their (block, output), in that order."""
+    def _decode(self, unscaled):
+        """Decode until `self.depth` hooked blocks have run: their (block, output), in that order."""
         fired = []
 
         def keep(block, args, output):
-            fired.append((block, output))
+            fired.append((block, output.squeeze(2) if output.ndim == 5 else output))  # a video of one frame
             if len(fired) == self.depth:
                 raise _LastBlock
 
-        z = self.unscale(z.to(torch.promote_types(z.dtype, torch.float32))).to(self.vae.dtype)
-        with self._hooked(keep), torch.autocast(z.device.type, enabled=False):
+        with self._hooked(keep), torch.autocast(unscaled.device.type, enabled=False):
             try:
-                self.vae.decode(z)
+                self.vae.decode(unscaled.to(self.vae.dtype))
             except _LastBlock:
                 pass
         assert len(fired) == self.depth, "a hooked decoder block did not run"
@@ -282,6 +288,10 @@ class LatentPerceptualLoss:
             for target, name in ((self.vae, "use_slicing"), (self.vae, "use_tiling"),
                                  (self.vae.decoder, "gradient_checkpointing")):  # fmt: skip
                 override(target, name, False)
+            if "feat_cache" in inspect.signature(self.vae.decoder.forward).parameters:
+                # A decoder of videos keeps copies of its features for the next frame; an image has none.
+                decode = self.vae.decoder.forward
+                override(self.vae.decoder, "forward", lambda z, **caches: decode(z))
             for block in self.blocks:
                 stack.enter_context(block.register_forward_hook(hook))
                 forward = self._forwards.get(block, block.forward)
@@ -296,15 +306,19 @@ class LatentPerceptualLoss:
         return z / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
 
     def _probe_latents(self):
-        shape = (2, 2, self.vae.config.latent_channels, 8, 8)
+        """Two batches of small unscaled latents."""
+        config = self.vae.config
+        channels = getattr(config, "latent_channels", None) or config.z_dim  # as some VAEs of videos call them
+        frames = [1] if any(isinstance(module, torch.nn.Conv3d) for module in self.vae.decoder.modules()) else []
+        noise = torch.randn((2, 2, channels, *frames, 8, 8), generator=torch.Generator().manual_seed(0))
         here = next(chain(self.vae.decoder.parameters(), self.vae.parameters()))  # the encoder may be elsewhere
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(here)
+        return (noise / (getattr(config, "scaling_factor", None) or 1)).to(here)
 
     @torch.no_grad()
     def _probe(self):
         """Run the decoder on small latents: the resolutions r_l, and proof that features depend on latents alone."""
         z, other = self._probe_latents()
-        first, _, again = (self.features(x) for x in (z, other, z))
+        first, _, again = ([phi for _, phi in self._decode(x)] for x in (z, other, z))
         name = type(self.vae).__name__
         for a, b in zip(first, again) if type(first[0]) is torch.Tensor else ():  # fake tensors have no values
             if not a.isfinite().all():

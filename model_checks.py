@@ -7,6 +7,7 @@ class_ids, label_of    the classes of class-conditional models
 
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -206,45 +207,79 @@ def check_conditioning(args, index, pipeline, denoiser_config):
             )
     else:
         check_unused(args, ["--label_column"], f"the captions of {pipeline}")
-    if not denoiser_config.get("guidance_embeds"):
+    if pipeline == "Flux2KleinPipeline" or not denoiser_config.get("guidance_embeds"):
         check_unused(args, ["--guidance_scale"], f"{pipeline}, which is not told of its guidance")
-    if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline") and (args.max_sequence_length or 0) > 512:
+    if pipeline == "HunyuanDiTPipeline":
+        check_unused(args, ["--max_sequence_length"], f"{pipeline}, whose text embeddings have a fixed length")
+        check_unused(args, ["--gradient_checkpointing"], f"{pipeline}: its transformer knows none")
+    longest = LONGEST.get(pipeline, math.inf)
+    if (args.max_sequence_length or 0) > longest:
         raise UserError(
-            f"--max_sequence_length {args.max_sequence_length}: {pipeline} draws with at most 512, give that or less."
+            f"--max_sequence_length {args.max_sequence_length}: {pipeline} draws with at most {longest}, give that or "
+            "less."
         )
     if args.proportion_empty_prompts is None:
         args.proportion_empty_prompts = 0.1 if labels else 0.0
 
 
-# VAE classes: where their configs have a value per level of the encoder and of the decoder, and how many by default
-VAES = {
-    "AutoencoderKL": ("block_out_channels", "up_block_types", 1),
-    "AsymmetricAutoencoderKL": ("down_block_out_channels", "up_block_types", 1),
-    "AutoencoderTiny": ("encoder_block_out_channels", "num_decoder_blocks", 4),
-    "AutoencoderDC": ("encoder_block_out_channels", "decoder_block_out_channels", 6),
+# Text tokens that a pipeline or its transformer's positions have room for, if there is a limit
+LONGEST = {
+    "StableDiffusion3Pipeline": 512,
+    "FluxPipeline": 512,
+    "QwenImagePipeline": 1024,
+    "ZImagePipeline": 960,
+    "Lumina2Pipeline": 299,
 }
-# Those that a stock pipeline can sample with, if not all
+
+# VAE classes: where their configs have a value per level of the encoder and of the decoder, how many by default, and
+# how many channels by default
+VAES = {
+    "AutoencoderKL": ("block_out_channels", "up_block_types", 1, 4),
+    "AsymmetricAutoencoderKL": ("down_block_out_channels", "up_block_types", 1, 4),
+    "AutoencoderTiny": ("encoder_block_out_channels", "num_decoder_blocks", 4, 4),
+    "AutoencoderDC": ("encoder_block_out_channels", "decoder_block_out_channels", 6, 32),
+    "AutoencoderKLFlux2": ("block_out_channels", "up_block_types", 4, 32),
+    "AutoencoderKLQwenImage": ("dim_mult", "dim_mult", 4, 16),
+}
+# Those that a stock pipeline can sample with, if not these
+USUAL = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
+READS_SHIFT = ("StableDiffusion3Pipeline", "FluxPipeline", "ZImagePipeline", "Lumina2Pipeline")
+NO_SHIFT = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "AuraFlowPipeline")
+NO_SHIFT += ("HunyuanDiTPipeline",)
 DECODES = {
     "SanaPipeline": ("AutoencoderDC", "AutoencoderTiny"),
-    "DiTPipeline": VAES,
-    "ClassConditionalPipeline": VAES,
-    **dict.fromkeys(("StableDiffusion3Pipeline", "FluxPipeline"), ("AutoencoderKL", "AutoencoderTiny")),
+    "DiTPipeline": (*USUAL, "AutoencoderDC"),
+    "ClassConditionalPipeline": (*USUAL, "AutoencoderDC"),
+    "Flux2KleinPipeline": ("AutoencoderKLFlux2",),
+    "QwenImagePipeline": ("AutoencoderKLQwenImage",),
+    **dict.fromkeys(READS_SHIFT, ("AutoencoderKL", "AutoencoderTiny")),
 }
-OTHERS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
+# Pipelines that make a channel each of 4 latents
+PACKED = ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline")
+# What a new transformer's config must say, as the classes' defaults differ, if it is not all of these
+NEEDED = ("in_channels", "out_channels", "patch_size")
+NEEDED_BY = {"ZImageTransformer2DModel": NEEDED[:1], "HunyuanDiT2DModel": (NEEDED[0], NEEDED[2])}
+
+
+def latent_channels(vae_config):
+    """Channels of what a VAE encodes to."""
+    default = VAES[vae_config["_class_name"]][-1] if "_class_name" in vae_config else None
+    return vae_config.get("z_dim") or vae_config.get("latent_channels", default)
 
 
 def check_vae(args, pipeline, vae_config, denoiser_config):
     """The VAE fits LPL, the pipeline and the denoiser."""
-    for name in ("in_channels", "out_channels", "patch_size"):  # the classes' defaults differ
-        if args.transformer_config and name not in args.transformer_config:
+    needed = NEEDED_BY.get(denoiser_config.get("_class_name"), NEEDED) if args.transformer_config else ()
+    for name in needed:
+        if name not in args.transformer_config:
             raise UserError(f"--transformer_config does not say {name}: add it.")
     vae_class, another = vae_config.get("_class_name"), "another one with --pretrained_vae_model_name_or_path"
     if vae_class not in VAES:
         raise UserError(f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give {another}.")
-    if vae_class not in DECODES.get(pipeline, OTHERS):
+    if vae_class not in DECODES.get(pipeline, USUAL):
         raise UserError(f"the VAE is a {vae_class}, which {pipeline} can't sample with: give {another}.")
-    channels = vae_config.get("latent_channels", 32 if vae_class == "AutoencoderDC" else 4)
-    patch = 4 if pipeline == "FluxPipeline" else 1  # latents that make a channel each
+    channels = latent_channels(vae_config)
+    patch = 4 if pipeline in PACKED else 1
     taken = denoiser_config.get("in_channels", channels * patch) // patch
     if channels != taken:
         raise UserError(
@@ -252,26 +287,27 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
             "belongs to the model with --pretrained_vae_model_name_or_path"
             + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
         )
+    patch = 1 if pipeline == "QwenImagePipeline" else patch  # which counts these before it packs them
     given = (denoiser_config.get("out_channels") or channels * patch) // patch
     if args.transformer_config and given not in (channels, 2 * channels):
         raise UserError(
             "--transformer_config: out_channels must be in_channels, or twice that if it predicts a variance as well, "
             f"not {given * patch}."
         )
-    shift, reads_shift = vae_config.get("shift_factor"), pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
-    if reads_shift and vae_class == "AutoencoderKL" and shift is None:
+    shift = vae_config.get("shift_factor")
+    if pipeline in READS_SHIFT and vae_class == "AutoencoderKL" and shift is None:
         raise UserError(
             f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), "
             f"or give {another}."
         )
-    if shift and pipeline.startswith(("DiT", "PixArt", "Sana")):
+    if shift and pipeline in NO_SHIFT:
         raise UserError(f"the VAE has a shift_factor, which {pipeline} does not undo when it samples: give {another}.")
     if args.vae_dtype == "fp16" and vae_config.get("force_upcast"):
         raise UserError(
             "--vae_dtype fp16: this VAE overflows in fp16, as its config says (force_upcast): use --vae_dtype bf16 or "
             "fp32, or a VAE that was made for fp16 with --pretrained_vae_model_name_or_path."
         )
-    _, decoder, default = VAES[vae_class]
+    _, decoder, default, _ = VAES[vae_class]
     blocks = len(vae_config.get(decoder, range(default)))
     blocks -= sum(layers == 0 for layers in vae_config.get("decoder_layers_per_block", ()))  # these have no block
     if args.lpl_weight != 0 and args.lpl_num_blocks > blocks:
@@ -286,8 +322,13 @@ def denoiser_of(pipeline):
 
 def check_resolution(args, pipeline, vae_config, denoiser_config):
     """The resolution fits VAE and denoiser. Sets it if it is not given, and `latent_size`, the latents' side."""
-    encoder, _, default = VAES[vae_config["_class_name"]]
+    encoder, _, default, _ = VAES[vae_config["_class_name"]]
     factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
+    if factor != 8 and pipeline in ("Lumina2Pipeline", "HunyuanDiTPipeline"):
+        raise UserError(
+            f"the VAE makes a position of {factor} x {factor} pixels, and {pipeline} counts on 8 x 8: give another "
+            "one with --pretrained_vae_model_name_or_path."
+        )
     made_for = denoiser_config.get("sample_size") if pipeline in CLASS_CONDITIONAL else None
     if args.resolution is None:
         args.resolution = 1024 if denoiser_config.get("addition_embed_type") == "text_time" else 512
@@ -296,7 +337,9 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
         args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
     patch = factor
     if denoiser_of(pipeline) == "transformer":
-        patch *= 2 if pipeline == "FluxPipeline" else denoiser_config.get("patch_size", 1)
+        default = {"QwenImagePipeline": 2, "AuraFlowPipeline": 2, "Lumina2Pipeline": 2}.get(pipeline, 1)
+        packs = pipeline in ("FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline")
+        patch *= 2 if packs else denoiser_config.get("patch_size", default)
     if args.resolution % patch:
         nearest = max(1, round(args.resolution / patch)) * patch
         what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
@@ -308,6 +351,8 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
             f"{made_for * factor} pixels, with a LoRA too: leave it out, or train all weights."
         )
     largest = denoiser_config.get("pos_embed_max_size")
+    if pipeline == "AuraFlowPipeline":  # it counts both directions
+        largest = math.isqrt(largest or 1024)
     if largest and args.resolution > largest * patch:
         raise UserError(
             f"--resolution {args.resolution}: the transformer has positions for {largest * patch} pixels "
@@ -315,6 +360,7 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
         )
 
 
+NEED_FLOW = (*READS_SHIFT, "SanaPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "AuraFlowPipeline")
 FLOW_FLAGS = "--weighting_scheme --logit_mean --logit_std --mode_scale".split()
 DDPM_FLAGS = "--rescale_betas_zero_snr --timestep_bias_strategy".split()
 
@@ -330,7 +376,7 @@ def check_schedule(args, pipeline, scheduler_config):
     saved = scheduler_config.get("prediction_type", "epsilon")
     if "FlowMatch" in scheduler_config.get("_class_name", "") or saved == "flow_prediction":
         saved = "flow_prediction"
-    if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline") and saved != "flow_prediction":
+    if pipeline in NEED_FLOW and saved != "flow_prediction":
         raise UserError(
             f"the scheduler in --pretrained_model_name_or_path is a {scheduler_config.get('_class_name')} without "
             f"flow matching, which {pipeline} needs: give a model with its own, FlowMatchEulerDiscreteScheduler."

@@ -8,16 +8,26 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -25,8 +35,13 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.embeddings import LabelEmbedding, get_2d_rotary_pos_embed
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from torch.nn.utils.rnn import pad_sequence
 
 from family import Family
 from loading import (
@@ -214,6 +229,266 @@ class Sana(Family):
         return super().scale_timesteps(timesteps) * self.denoiser.config.timestep_scale
 
 
+class Flux2Klein(Family):
+    """FLUX.2 klein: the latents' patches of 2 x 2 positions are its channels, normalised as by the VAE's batch norm.
+
+    C is 4 times that of the VAE, h and w are half of its own. Guidance is no input; text is read without a mask.
+    """
+
+    pipeline_class, denoiser_class = Flux2KleinPipeline, Flux2Transformer2DModel
+    pack = 2
+
+    @property
+    def lora_layers(self):
+        single = range(self.denoiser.config.num_single_layers)  # there to_out is a layer itself
+        names = ["to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in single)]
+        return ",".join([Family.lora_layers, *names])
+
+    @property
+    def unread(self):
+        return ["time_guidance_embed.guidance_embedder"] if self.denoiser.config.guidance_embeds else []
+
+    def modules(self, part):
+        return [*super().modules(part), *([self.vae.bn] if part == "decoder" else [])]
+
+    def scale(self, latents):
+        mean, std = self._statistics(latents)
+        return (self.pipe._patchify_latents(latents) - mean) / std
+
+    def unscale(self, latents):
+        mean, std = self._statistics(latents)
+        return self.pipe._unpatchify_latents(latents * std + mean)
+
+    def _statistics(self, latents):
+        norm = self.vae.bn
+        statistics = norm.running_mean, (norm.running_var + norm.eps).sqrt()
+        return (values.to(latents, non_blocking=True).view(1, -1, 1, 1) for values in statistics)
+
+    def flow_shift(self, sequence_length):
+        """It depends on the number of sampling steps as well: here on the pipeline's default."""
+        steps = inspect.signature(self.pipeline_class.__call__).parameters["num_inference_steps"].default
+        return compute_empirical_mu(sequence_length, steps)
+
+    def _encode(self, captions):
+        embeds, _ = self.pipe.encode_prompt(captions, self.device, **self.text_settings)
+        return {"prompt_embeds": embeds}
+
+    def denoiser_inputs(self, latents, prompt_embeds):
+        positions = {
+            "img_ids": self.pipe._prepare_latent_ids(latents),
+            "txt_ids": self.pipe._prepare_text_ids(prompt_embeds),
+        }
+        positions = {name: ids.to(self.device, non_blocking=True) for name, ids in positions.items()}
+        return {"encoder_hidden_states": prompt_embeds, **positions}
+
+    def scale_timesteps(self, timesteps):
+        return super().scale_timesteps(timesteps) / len(self.timesteps)
+
+    def to_tokens(self, latents):
+        return self.pipe._pack_latents(latents)
+
+    def from_tokens(self, output, latents):
+        return output.mT.reshape(latents.shape)
+
+    def _sample(self, pipe, prompt, **settings):
+        negative = self.encode_prompts([""])["prompt_embeds"]
+        latents = pipe(**self.encode_prompts([prompt]), negative_prompt_embeds=negative, **settings).images
+        return self.scale(latents)  # the pipeline has made them the VAE's
+
+
+class QwenImage(Flux):
+    """Qwen-Image: packed latents of a VAE for videos, which has a mean and a deviation for each channel."""
+
+    pipeline_class, denoiser_class = QwenImagePipeline, QwenImageTransformer2DModel
+    text_encoder_names = ("text_encoder",)
+    unused = {}
+    sampling = {"negative_prompt": ""}  # else the pipeline samples without guidance
+    guidance_name = "true_cfg_scale"
+    lora_layers = Family.lora_layers
+    pack = 1  # its patch_size says so already
+    ragged = True
+
+    @property
+    def unread(self):
+        last = (
+            f"transformer_blocks.{self.denoiser.config.num_layers - 1}"  # where nobody reads what becomes of the text
+        )
+        return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
+
+    def encode_images(self, pixel_values):
+        return super().encode_images(pixel_values.unsqueeze(2)).squeeze(2)
+
+    def decode(self, latents):
+        return super().decode(latents).squeeze(2)
+
+    def scale(self, latents):
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def unscale(self, latents):
+        mean, std = self._statistics(latents)
+        return (latents * std + mean).unsqueeze(2)
+
+    def _statistics(self, latents):
+        statistics = self.vae.config.latents_mean, self.vae.config.latents_std
+        return (torch.tensor(values).to(latents, non_blocking=True).view(1, -1, 1, 1) for values in statistics)
+
+    def _encode(self, captions):
+        longest = inspect.signature(self.pipeline_class.__call__).parameters["max_sequence_length"].default
+        settings = {"max_sequence_length": longest, **self.text_settings}
+        embeds, mask = self.pipe.encode_prompt(captions, self.device, **settings)
+        lengths = [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(1).tolist()
+        return {"prompt_embeds": [row[:length] for row, length in zip(embeds, lengths)]}
+
+    def denoiser_inputs(self, latents, prompt_embeds):
+        height, width = (side // 2 for side in latents.shape[-2:])
+        inputs = {"encoder_hidden_states": pad_sequence(prompt_embeds, batch_first=True)}
+        lengths = torch.tensor([len(row) for row in prompt_embeds])
+        if (lengths < lengths.max()).any():
+            mask = (torch.arange(lengths.max()) < lengths[:, None]).long()
+            inputs["encoder_hidden_states_mask"] = mask.to(self.device, non_blocking=True)
+        return {**inputs, "img_shapes": [[(1, height, width)]] * len(latents)}
+
+    def from_tokens(self, output, latents):
+        return super().from_tokens(output, latents).squeeze(2)
+
+    def _sample(self, pipe, prompt, negative_prompt, **settings):
+        inputs = {"prompt_embeds": prompt, "negative_prompt_embeds": negative_prompt}
+        inputs = {name: self.encode_prompts([text])["prompt_embeds"][0][None] for name, text in inputs.items()}
+        latents = pipe(**inputs, **settings).images
+        return pipe._unpack_latents(latents, settings["height"], settings["width"], pipe.vae_scale_factor).squeeze(2)
+
+
+class ZImage(Family):
+    """Z-Image: its time runs from noise to image; it takes and gives lists of samples."""
+
+    pipeline_class, denoiser_class = ZImagePipeline, ZImageTransformer2DModel
+    timestep_name = "t"
+    pack = 2
+    ragged = True
+
+    def _encode(self, captions):
+        settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
+        embeds, _ = self.pipe.encode_prompt(list(captions), **settings)  # writes into the list
+        return {"prompt_embeds": embeds}
+
+    @staticmethod
+    def denoiser_inputs(latents, prompt_embeds):
+        return {"cap_feats": prompt_embeds}
+
+    def scale_timesteps(self, timesteps):
+        last = len(self.timesteps)
+        return (last - super().scale_timesteps(timesteps)) / last
+
+    def to_tokens(self, latents):
+        return list(latents.unsqueeze(2).unbind())
+
+    def from_tokens(self, output, latents):
+        return -torch.stack(output).squeeze(2)  # it predicts z_0 - eps
+
+
+class Lumina2(Family):
+    """Lumina-Image 2: its time runs from noise to image; Gemma reads an instruction before each caption."""
+
+    pipeline_class, denoiser_class = Lumina2Pipeline, Lumina2Transformer2DModel
+
+    def _encode(self, captions):
+        # The pipeline puts no instruction before a negative prompt.
+        captions = [caption and f"{self.pipe.system_prompt} <Prompt Start> {caption}" for caption in captions]
+        embeds, mask = self.pipe._get_gemma_prompt_embeds(captions, self.device, **self.text_settings)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    @staticmethod
+    def denoiser_inputs(latents, prompt_embeds, prompt_attention_mask):
+        return {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
+
+    def scale_timesteps(self, timesteps):
+        return 1 - super().scale_timesteps(timesteps) / len(self.timesteps)
+
+    def from_tokens(self, output, latents):
+        return -output  # it predicts z_0 - eps
+
+
+class AuraFlow(Family):
+    """AuraFlow: flow matching; what is padding of the text embeddings is zero, and no mask is needed."""
+
+    pipeline_class, denoiser_class = AuraFlowPipeline, AuraFlowTransformer2DModel
+    lora_layers = StableDiffusion3.lora_layers
+
+    def _encode(self, captions):
+        settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
+        embeds, _, _, _ = self.pipe.encode_prompt(captions, **settings)
+        return {"prompt_embeds": embeds}
+
+    @staticmethod
+    def denoiser_inputs(latents, prompt_embeds):
+        return {"encoder_hidden_states": prompt_embeds}
+
+    def scale_timesteps(self, timesteps):
+        return super().scale_timesteps(timesteps) / len(self.timesteps)
+
+    def _sample(self, pipe, prompt, **settings):
+        mask = torch.ones(1, 1)  # the pipeline wants one and does not read it
+        return super()._sample(
+            pipe, prompt, prompt_attention_mask=mask, negative_prompt_attention_mask=mask, **settings
+        )
+
+
+class HunyuanDiT(Family):
+    """HunyuanDiT: two text encoders with masks; versions to 1.1 are told of the image's size and of the crop.
+
+    Predicts a variance as well. It has no gradient checkpointing.
+    """
+
+    pipeline_class, denoiser_class = HunyuanDiTPipeline, HunyuanDiT2DModel
+    text_encoder_names = ("text_encoder", "text_encoder_2")
+    unused = {"safety_checker": None, "feature_extractor": None}
+    settings = {"requires_safety_checker": False}
+    sampling = {"use_resolution_binning": False}
+    stock_lora = False
+
+    def _encode(self, captions):
+        embeddings = {}
+        for i, suffix in enumerate(("", "_2")):
+            settings = {"device": self.device, "do_classifier_free_guidance": False, "text_encoder_index": i}
+            embeds, _, mask, _ = self.pipe.encode_prompt(captions, **settings)
+            embeddings |= {f"prompt_embeds{suffix}": embeds, f"prompt_attention_mask{suffix}": mask}
+        return embeddings
+
+    def conditioning(self, batch):
+        target_size = torch.full_like(batch["original_sizes"], self.args.resolution)
+        sizes = torch.cat([batch["original_sizes"], target_size, batch["crop_top_lefts"]], dim=1)  # [B, 6]
+        sizes = sizes.to(self.device, torch.float32, non_blocking=True)  # bf16 rounds 1023 to 1024
+        return {**super().conditioning(batch), "image_meta_size": sizes}
+
+    def denoiser_inputs(
+        self,
+        latents,
+        prompt_embeds,
+        prompt_attention_mask,
+        prompt_embeds_2,
+        prompt_attention_mask_2,
+        image_meta_size,
+    ):
+        config = self.denoiser.config
+        grid = tuple(side // config.patch_size for side in latents.shape[-2:])
+        made_for = 512 // self.pipe.vae_scale_factor // config.patch_size
+        crop = get_resize_crop_region_for_grid(grid, made_for)
+        head = self.denoiser.inner_dim // self.denoiser.num_heads
+        return {
+            "encoder_hidden_states": prompt_embeds,
+            "text_embedding_mask": prompt_attention_mask,
+            "encoder_hidden_states_t5": prompt_embeds_2,
+            "text_embedding_mask_t5": prompt_attention_mask_2,
+            "image_meta_size": image_meta_size,
+            "style": torch.zeros(len(latents), dtype=torch.long, device=self.device),
+            "image_rotary_emb": get_2d_rotary_pos_embed(head, crop, grid, device=self.device, output_type="pt"),
+        }
+
+    def scale_timesteps(self, timesteps):
+        return timesteps.float()  # it computes their embeddings in their precision
+
+
 class ClassConditional(Family):
     """Models that are told a class label; captions are label numbers, an empty one means no class.
 
@@ -252,7 +527,7 @@ class ClassConditional(Family):
         return super()._load_vae(dtype) or {"vae": load_part(self.args, "vae", dtype)}
 
     def prompt(self, prompt):
-        return [label_of(self.args, prompt)]
+        return {"class_labels": [label_of(self.args, prompt)]}
 
 
 class DiT(ClassConditional):
@@ -275,7 +550,7 @@ class DiT(ClassConditional):
     def draw(self, prompt, generator, **settings):
         pipe = DiTPipeline(self.denoiser, VAEOfAnyPrecision(self.vae), self.pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
-        return pipe(self.prompt(prompt), generator=generator, **settings).images[0]
+        return pipe(**self.prompt(prompt), generator=generator, **settings).images[0]
 
 
 class VAEOfAnyPrecision:
@@ -303,7 +578,7 @@ class ClassConditionalMMDiT(ClassConditional):
         return {"sample_size": self.args.latent_size, "base_sample_size": base}
 
     def _sample(self, pipe, prompt, **settings):
-        return pipe(self.prompt(prompt), **settings).images
+        return pipe(**self.prompt(prompt), **settings).images
 
     @property
     def loader(self):
@@ -325,6 +600,12 @@ FAMILIES = {
         PixArtAlpha,
         PixArtSigma,
         Sana,
+        Flux2Klein,
+        QwenImage,
+        ZImage,
+        Lumina2,
+        AuraFlow,
+        HunyuanDiT,
         DiT,
         ClassConditionalMMDiT,
     )

@@ -48,18 +48,22 @@ def prediction_type(scheduler):
     return scheduler.config.prediction_type
 
 
-def flow_sigmas(scheduler, sequence_length):
-    """The noise levels `[T]` of flow matching, from 1 / T to 1 before the family's own shift, which depends on the
-    number of tokens if the scheduler says so."""
+def flow_sigmas(scheduler, mu):
+    """The noise levels `[T]` of flow matching, from 1 / T to 1 before the family's own shift: exp(mu) if the scheduler
+    lets it depend on the number of tokens."""
     config = scheduler.config
     sigmas = torch.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
-    if config.get("use_dynamic_shifting"):
-        start, end = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        mu = base + (largest - base) / (end - start) * (sequence_length - start)
-        return math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas)
     shift = config.get("shift", config.get("flow_shift", 1.0))
+    if config.get("use_dynamic_shifting"):
+        shift = math.exp(mu)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def dynamic_shift(config, sequence_length):
+    """mu of a scheduler's config at this number of tokens, as in the pipelines of FLUX.1 and those after it."""
+    start, end = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, largest = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (largest - base) / (end - start) * (sequence_length - start)
 
 
 def flow_timestep_weights(args, num_timesteps):

@@ -1,4 +1,4 @@
-"""Finetune diffusion transformers (DiT, SD3, PixArt, Sana, FLUX.1), or train one, with the Latent Perceptual Loss.
+"""Finetune diffusion transformers (SD3, FLUX, Qwen-Image, ...), or train one, with the Latent Perceptual Loss.
 
     accelerate launch train_lpl_dit.py --pretrained_model_name_or_path MODEL --train_data_dir PHOTOS --output_dir OUT
 
@@ -29,6 +29,12 @@ def parse_args(argv=None):
             "PixArtSigmaPipeline",
             "SanaPipeline",
             "FluxPipeline",
+            "Flux2KleinPipeline",
+            "QwenImagePipeline",
+            "ZImagePipeline",
+            "Lumina2Pipeline",
+            "AuraFlowPipeline",
+            "HunyuanDiTPipeline",
             "ClassConditionalPipeline",
         )
     )
@@ -176,7 +182,7 @@ def main(args):
     # The perceptual loss: the frozen decoder, hooked.
     lpl, tau = None, lpl_threshold(args)
     if use_lpl:
-        lpl = make_lpl(args, family.vae)
+        lpl = make_lpl(args, family.vae, family.unscale)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
     if not args.dry_run:
         cache(accelerator, args, family, stream)

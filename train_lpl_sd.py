@@ -166,7 +166,7 @@ def main(args):
     # The perceptual loss: the frozen decoder, hooked.
     lpl, tau = None, lpl_threshold(args)
     if use_lpl:
-        lpl = make_lpl(args, family.vae)
+        lpl = make_lpl(args, family.vae, family.unscale)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
     if not args.dry_run:
         cache(accelerator, args, family, stream)

@@ -325,7 +325,7 @@ def draw_samples(accelerator, args, family, draw, step, title="validation"):
     """
     settings = {**family.size_settings(args.resolution), "num_inference_steps": args.validation_inference_steps}
     if args.validation_guidance_scale is not None:
-        settings["guidance_scale"] = args.validation_guidance_scale
+        settings[family.guidance_name] = args.validation_guidance_scale
     captions = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     seeds = [args.seed + i for _ in args.validation_prompts for i in range(args.num_validation_images)]
     generators = (torch.Generator().manual_seed(seed) for seed in seeds)
@@ -523,10 +523,13 @@ def code_of_card(args, family):
             classes.add(scheduler_class)
             lines += [f'pipe.scheduler = {scheduler_class}.from_pretrained("{result}", subfolder="scheduler")']
     if args.validation_prompts:
-        prompt = json.dumps(family.prompt(args.validation_prompts[0]), ensure_ascii=False)
         settings = {**family.size_settings(args.resolution), **family.sampling}
-        settings = "".join(f", {name}={value}" for name, value in settings.items())
-        lines += [f"image = pipe({prompt}{settings}).images[0]"]
+        settings = [f"{name}={value!r}" for name, value in settings.items()]
+        prompt = [
+            f"{name}={json.dumps(value, ensure_ascii=False)}"
+            for name, value in family.prompt(args.validation_prompts[0]).items()
+        ]
+        lines += [f"image = pipe({', '.join(prompt + settings)}).images[0]"]
     return "\n".join([*imports, f"from diffusers import {', '.join(sorted(classes))}", "", *lines])
 
 

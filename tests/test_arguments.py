@@ -361,7 +361,8 @@ def test_exactly_these_flags_of_the_diffusers_scripts_are_refused(folder, all_in
         "--num_class_images --prior_loss_weight --sample_batch_size --prior_generation_precision --repeats "
         "--text_encoder_lr --precondition_outputs --lora_blocks --final_validation_prompt --complex_human_instruction "
         "--enable_vae_tiling --do_fp8_training --text_encoder_out_layers --remote_text_encoder --fsdp_text_encoder "
-        "--micro_conditions --max_token_length --use_rslora --local-rank".split()
+        "--micro_conditions --max_token_length --use_rslora --local-rank --caption_dropout --use_aspect_ratio_buckets "
+        "--system_prompt --pretrained_tokenizer_4_name_or_path --pretrained_text_encoder_4_name_or_path".split()
     )
 
 

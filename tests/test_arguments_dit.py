@@ -468,10 +468,12 @@ def test_exactly_these_flags_of_the_other_scripts_are_refused(accepts):
         "--instance_data_dir --instance_prompt --with_prior_preservation --class_data_dir --class_prompt "
         "--num_class_images --prior_loss_weight --sample_batch_size --prior_generation_precision --repeats "
         "--train_text_encoder --text_encoder_lr --adam_weight_decay_text_encoder --precondition_outputs --lora_blocks "
-        "--upcast_before_saving --final_validation_prompt --aspect_ratio_buckets "
+        "--upcast_before_saving --final_validation_prompt --aspect_ratio_buckets --use_aspect_ratio_buckets "
+        "--caption_dropout "
         # of one family
         "--complex_human_instruction --enable_vae_tiling --do_fp8_training --text_encoder_out_layers "
-        "--remote_text_encoder --fsdp_text_encoder --micro_conditions --max_token_length --use_rslora".split()
+        "--remote_text_encoder --fsdp_text_encoder --micro_conditions --max_token_length --use_rslora --system_prompt "
+        "--pretrained_tokenizer_4_name_or_path --pretrained_text_encoder_4_name_or_path".split()
     )
 
 
@@ -488,6 +490,10 @@ def test_what_is_refused_is_known_elsewhere():
         ("train_dreambooth_flux.py", "Flux", "--max_sequence_length --guidance_scale"),
         ("train_dreambooth_lora_flux.py", "Flux", "--max_sequence_length --guidance_scale"),
         ("train_dreambooth_lora_sana.py", "Sana", "--max_sequence_length"),
+        ("train_dreambooth_lora_flux2_klein.py", "Flux2Klein", "--max_sequence_length --guidance_scale"),
+        ("train_dreambooth_lora_qwen_image.py", "QwenImage", "--max_sequence_length"),
+        ("train_dreambooth_lora_z_image.py", "ZImage", "--max_sequence_length --guidance_scale"),
+        ("train_dreambooth_lora_lumina2.py", "Lumina2", "--max_sequence_length"),
         ("train_pixart_lora_hf.py", "PixArtSigma", "--learning_rate --caption_column"),
     ],
 )

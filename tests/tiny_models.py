@@ -27,21 +27,28 @@ def build_tiny_vae(
 ):
     """A random VAE in eval mode whose decoder has `len(block_out_channels)` up blocks (4: factor 8).
 
-    kind: "AutoencoderKL", "AsymmetricAutoencoderKL" (a decoder twice as wide as the encoder, as in the paper's): with
-        a mid block. "AutoencoderTiny" (as wide everywhere as the first of `block_out_channels`), "AutoencoderDC" (the
-        coarse half of the decoder has linear attention, the fine half batch norms): without.
-    post_quant_conv, shift_factor: only AutoencoderKL can do without the one or with the other.
-    scaling_factor: by default that of SD's, of TAESD or of Sana's VAE.
-    norm_num_groups, sample_size: of the first two kinds alone.
+    kind: "AutoencoderKL", "AsymmetricAutoencoderKL" (a decoder twice as wide as the encoder, as in the paper's),
+        "AutoencoderKLFlux2" (latents are scaled by a batch norm's statistics), "AutoencoderKLQwenImage" (of videos;
+        latents are scaled by `latents_mean` and `latents_std`; takes multiples of the first of `block_out_channels`):
+        with a mid block. "AutoencoderTiny" (as wide everywhere as the first of `block_out_channels`), "AutoencoderDC"
+        (the coarse half of the decoder has linear attention, the fine half batch norms): without.
+    post_quant_conv: only AutoencoderKL and AutoencoderKLFlux2 can do without.
+    shift_factor: only AutoencoderKL can do with it.
+    scaling_factor: by default that of SD's, of TAESD or of Sana's VAE; neither Flux2's nor QwenImage's has one.
+    norm_num_groups, sample_size: of the first three kinds alone.
     """
     import diffusers
 
-    if kind != "AutoencoderKL" and (not post_quant_conv or shift_factor is not None):
-        raise ValueError(f"{kind} takes neither post_quant_conv=False nor a shift factor.")
+    if not post_quant_conv and kind not in ("AutoencoderKL", "AutoencoderKLFlux2"):
+        raise ValueError(f"{kind} does not take post_quant_conv=False.")
+    if shift_factor is not None and kind != "AutoencoderKL":
+        raise ValueError(f"{kind} does not take a shift factor.")
+    if scaling_factor is not None and kind in ("AutoencoderKLFlux2", "AutoencoderKLQwenImage"):
+        raise ValueError(f"{kind} does not take a scaling factor.")
     depth = len(block_out_channels)
     scaling_factor = scaling_factor or {"AutoencoderTiny": 1.0, "AutoencoderDC": 0.41407}.get(kind, 0.18215)
     shared = {"latent_channels": latent_channels, "scaling_factor": scaling_factor}
-    if kind in ("AutoencoderKL", "AsymmetricAutoencoderKL"):
+    if kind in ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2"):
         shared |= {
             "norm_num_groups": norm_num_groups,
             "sample_size": sample_size,
@@ -56,6 +63,14 @@ def build_tiny_vae(
             "use_quant_conv": post_quant_conv,
             "use_post_quant_conv": post_quant_conv,
             "force_upcast": False,
+        }
+    elif kind == "AutoencoderKLFlux2":
+        del shared["scaling_factor"]
+        shared |= {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "use_quant_conv": post_quant_conv,
+            "use_post_quant_conv": post_quant_conv,
         }
     elif kind == "AsymmetricAutoencoderKL":
         shared |= {
@@ -88,6 +103,17 @@ def build_tiny_vae(
             "encoder_out_shortcut": shortcut,
             "decoder_in_shortcut": shortcut,
         }
+    elif kind == "AutoencoderKLQwenImage":
+        statistics = torch.Generator().manual_seed(seed)
+        shared = {
+            "z_dim": latent_channels,
+            "base_dim": block_out_channels[0],
+            "dim_mult": [channels // block_out_channels[0] for channels in block_out_channels],
+            "num_res_blocks": layers_per_block,
+            "temperal_downsample": [False] + [True] * (depth - 2),
+            "latents_mean": torch.empty(latent_channels).normal_(0, 1, generator=statistics).tolist(),
+            "latents_std": torch.empty(latent_channels).uniform_(1.1, 3.3, generator=statistics).tolist(),
+        }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = getattr(diffusers, kind)(**{**shared, **config})
@@ -95,6 +121,11 @@ def build_tiny_vae(
             if isinstance(module, torch.nn.BatchNorm2d):  # statistics that no batch has: train mode shows
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.02, 0.5)
+        if kind == "AutoencoderKLFlux2":  # far from those that would leave the latents as they are
+            vae.bn.running_mean.normal_(0, 1)
+            vae.bn.running_var.uniform_(2, 6)
+        elif kind == "AutoencoderKLQwenImage":
+            vae.decoder.conv_out.weight.data *= 2  # grey images else
     return vae.eval()
 
 
