@@ -3,7 +3,8 @@
 import weakref
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -125,7 +126,23 @@ def without_values(module):
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             tensors |= {name: fake(tensor) for name, tensor in tensors.items() if tensor is not None}
+        for name, value in vars(part).items():  # tables that are no buffers, from the meta device
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                setattr(part, name, fake(value))
+            elif isinstance(value, list) and any(isinstance(item, torch.Tensor) and item.is_meta for item in value):
+                setattr(part, name, [fake(item) for item in value])
     return module
+
+
+class RealMasks(TorchFunctionMode):
+    """Lets real masks choose from fake tensors: by their positions, whose number a fake mask could not tell."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__getitem__:
+            tensor, mask = args
+            if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and not isinstance(mask, FakeTensor):
+                args = tensor, mask.nonzero(as_tuple=True)
+        return func(*args, **(kwargs or {}))
 
 
 def module_bytes(*modules):

@@ -53,7 +53,8 @@ def load_without_values(pipeline_class, name, hub, dtype, **components):
         if part in components or entry[1] is None:
             components.setdefault(part, None)
             continue
-        model_class = getattr(diffusers if entry[0] == "diffusers" else transformers, entry[1])
+        libraries = {"diffusers": diffusers, "transformers": transformers}
+        model_class = getattr(libraries.get(entry[0]) or getattr(diffusers.pipelines, entry[0]), entry[1])
         part_dtype = dtype.get(part, dtype["default"])
         if issubclass(model_class, diffusers.ModelMixin):
             config = load(model_class, name, flag, "load_config", subfolder=part, **hub)

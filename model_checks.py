@@ -209,6 +209,10 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         check_unused(args, ["--label_column"], f"the captions of {pipeline}")
     if pipeline == "Flux2KleinPipeline" or not denoiser_config.get("guidance_embeds"):
         check_unused(args, ["--guidance_scale"], f"{pipeline}, which is not told of its guidance")
+    if pipeline == "KolorsPipeline" and args.train_text_encoder:
+        raise UserError(
+            "--train_text_encoder: that of Kolors is a large language model, which is not trained: leave it out."
+        )
     if pipeline == "HunyuanDiTPipeline":
         check_unused(args, ["--max_sequence_length"], f"{pipeline}, whose text embeddings have a fixed length")
         check_unused(args, ["--gradient_checkpointing"], f"{pipeline}: its transformer knows none")
@@ -316,8 +320,11 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         )
 
 
+UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "KolorsPipeline")
+
+
 def denoiser_of(pipeline):
-    return "UNet" if pipeline in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") else "transformer"
+    return "UNet" if pipeline in UNETS else "transformer"
 
 
 def check_resolution(args, pipeline, vae_config, denoiser_config):

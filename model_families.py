@@ -21,6 +21,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    KolorsPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
@@ -106,6 +107,13 @@ class StableDiffusionXL(StableDiffusion):
     def _layers_used(name, text_encoder):
         # The last but one layer's output is used of both; the second gives the pooled output of its last layer, too.
         return text_encoder.config.num_hidden_layers - (name == "text_encoder")
+
+
+class Kolors(StableDiffusionXL):
+    """Kolors: SDXL's UNet, which hears of captions from ChatGLM alone."""
+
+    pipeline_class = KolorsPipeline
+    text_encoder_names = ("text_encoder",)
 
 
 class StableDiffusion3(Family):
@@ -310,10 +318,8 @@ class QwenImage(Flux):
 
     @property
     def unread(self):
-        last = (
-            f"transformer_blocks.{self.denoiser.config.num_layers - 1}"  # where nobody reads what becomes of the text
-        )
-        return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
+        last = f"transformer_blocks.{self.denoiser.config.num_layers - 1}"
+        return f"{last}.attn.to_add_out", f"{last}.txt_mlp"  # what becomes of the text there
 
     def encode_images(self, pixel_values):
         return super().encode_images(pixel_values.unsqueeze(2)).squeeze(2)
@@ -595,6 +601,7 @@ FAMILIES = {
     for family in (
         StableDiffusion,
         StableDiffusionXL,
+        Kolors,
         StableDiffusion3,
         Flux,
         PixArtAlpha,

@@ -1,4 +1,4 @@
-"""Finetune Stable Diffusion (1.x, 2.x, SDXL), all of its UNet or LoRAs, with the Latent Perceptual Loss.
+"""Finetune Stable Diffusion (1.x, 2.x, SDXL) and Kolors, all of its UNet or LoRAs, with the Latent Perceptual Loss.
 
     accelerate launch train_lpl_sd.py --pretrained_model_name_or_path MODEL --train_data_dir PHOTOS --output_dir OUT
 
@@ -21,7 +21,7 @@ from arguments import parse_args as parse_and_check
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.set_defaults(pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
+    parser.set_defaults(pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline", "KolorsPipeline"))
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser, output_dir="sd-lpl-finetuned", xformers=True)
