@@ -90,8 +90,8 @@ def add_model_arguments(parser, transformers=False):
         "LPL's decoder; auto: bf16 with --mixed_precision bf16, else fp32")
     add("--cache_dir", help="where downloads are kept")
     if transformers:
-        add("--max_sequence_length", type=int, help="tokens of T5's or Gemma's captions; by default as many as the "
-            "pipeline takes")
+        add("--max_sequence_length", type=int, help="tokens of a caption for T5, Gemma or Qwen; by default as many as "
+            "the pipeline takes")
         add("--guidance_scale", type=number, help="what FLUX.1-dev is told its guidance is while it learns; "
             "by default 3.5")
         add("--offload", action="store_true", help="keep text encoders and the VAE's encoder on the CPU but for the "
@@ -331,7 +331,7 @@ REFUSED = {
     "--mode_scale": FLOW,
     "--guidance_scale": "belongs to guidance-distilled transformers: for the drawings there is "
     "--validation_guidance_scale",
-    "--max_sequence_length": "belongs to T5, while CLIP reads 77 tokens: leave it out",
+    "--max_sequence_length": "belongs to transformers and their text encoders: leave it out",
     "--precondition_outputs": "is not there: leave it out, the loss is on what the model predicts",
     "--train_text_encoder": "is not there for transformers, whose text encoders stay as they are: leave it out",
     "--enable_xformers_memory_efficient_attention": "is for UNets: leave it out, torch's own attention is as lean",

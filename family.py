@@ -210,9 +210,15 @@ class Family:
             return {name: embedding[0].cpu() for name, embedding in self._encode([caption]).items()}
 
         captions = sorted(set(captions))
+        # In 4 bits the denoiser is on the device already: large text encoders need its room.
+        in_the_way = (self.args.bnb_quantization_config_path or {}).get("load_in_4bit") and not self.args.dry_run
+        if in_the_way:
+            self.denoiser.to("cpu")
         self.place(text_encoders=True)
         self._embeddings = dict(zip(captions, share_work(captions, embed, "Caching text embeddings")))
         self.place(text_encoders=False)
+        if in_the_way:
+            self.denoiser.to(self.device)
 
     def conditioning(self, batch):
         """What the denoiser is told about a batch, for `predict`."""

@@ -344,8 +344,8 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
         args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
     patch = factor
     if denoiser_of(pipeline) == "transformer":
-        default = {"QwenImagePipeline": 2, "AuraFlowPipeline": 2, "Lumina2Pipeline": 2}.get(pipeline, 1)
-        packs = pipeline in ("FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline")
+        default = 2 if pipeline in ("AuraFlowPipeline", "Lumina2Pipeline") else 1
+        packs = pipeline in (*PACKED, "ZImagePipeline")
         patch *= 2 if packs else denoiser_config.get("patch_size", default)
     if args.resolution % patch:
         nearest = max(1, round(args.resolution / patch)) * patch

@@ -54,7 +54,7 @@ from loading import (
     load,
     load_part,
 )
-from model_checks import check_configs, label_of, pipeline_name
+from model_checks import check_configs, label_of, latent_channels, pipeline_name
 from noise import new_scheduler
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
@@ -149,15 +149,18 @@ class Flux(Family):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def denoiser_inputs(self, latents, prompt_embeds, pooled_prompt_embeds):
-        batch, _, height, width = latents.shape
-        settings = {"device": self.device, "dtype": prompt_embeds.dtype}
-        positions = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, **settings)
         inputs = {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
-        inputs |= {"img_ids": positions, "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, **settings)}
+        inputs |= self._positions(latents, prompt_embeds)
         if self.denoiser.config.guidance_embeds:
             scale = 3.5 if self.args.guidance_scale is None else self.args.guidance_scale
-            inputs["guidance"] = torch.full((batch,), scale, device=self.device)
+            inputs["guidance"] = torch.full((len(latents),), scale, device=self.device)
         return inputs
+
+    def _positions(self, latents, prompt_embeds):
+        batch, _, height, width = latents.shape
+        settings = {"device": self.device, "dtype": prompt_embeds.dtype}
+        image = self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, **settings)
+        return {"img_ids": image, "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, **settings)}
 
     def scale_timesteps(self, timesteps):
         return super().scale_timesteps(timesteps) / len(self.timesteps)
@@ -403,6 +406,9 @@ class Lumina2(Family):
         captions = [caption and f"{self.pipe.system_prompt} <Prompt Start> {caption}" for caption in captions]
         embeds, mask = self.pipe._get_gemma_prompt_embeds(captions, self.device, **self.text_settings)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def flow_shift(self, sequence_length):
+        return super().flow_shift(latent_channels(self.vae.config))  # what the pipeline takes for the number of tokens
 
     @staticmethod
     def denoiser_inputs(latents, prompt_embeds, prompt_attention_mask):

@@ -46,6 +46,7 @@ VARIANTS = {"PixArtAlpha 1024": {"sample_size": 128}, "Flux schnell": {"guidance
 REPLACED = {  # components
     "StableDiffusion3 without T5": {"text_encoder_3": None, "tokenizer_3": None},
     "Sana Euler": {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)},
+    "Lumina2 dynamic": {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)},
 }
 LABELS = [f"ClassConditional {formulation}" for formulation in SCHEDULERS]
 MODELS = ["DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", *VARIANTS, *REPLACED, *LABELS]
@@ -312,7 +313,9 @@ def test_the_noise_levels_of_a_fixed_shift_are_those_of_the_scheduler(load, name
 
 
 @pytest.mark.parametrize("resolution", [64, 128])
-@pytest.mark.parametrize("name, steps", [("Flux", 1000), ("QwenImage", 1000), ("Flux2Klein", 50)])
+@pytest.mark.parametrize(
+    "name, steps", [("Flux", 1000), ("QwenImage", 1000), ("Flux2Klein", 50), ("Lumina2 dynamic", 50)]
+)
 def test_noise_levels_depend_on_the_resolution_as_in_the_pipeline(load, name, steps, resolution):
     family, pipe = load(name, resolution=resolution)
     # Qwen-Image's sampler stops a little before sigma = 0, which is a matter of its steps.
