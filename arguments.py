@@ -170,8 +170,8 @@ def add_training_arguments(parser, output_dir, xformers=False):
     if xformers:
         add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention instead of "
             "torch's; needs `pip install xformers` and a GPU")
-    add("--dry_run", action="store_true", help="print the resolved settings, what is trained and what a step costs in "
-        "memory and arithmetic, counted without a GPU; then stop")
+    add("--dry_run", action="store_true", help="print the resolved settings, what is trained, what a step costs in "
+        "memory and arithmetic, counted without a GPU, and what LPL finds in each block of the decoder; then stop")
 
 
 def add_lora_arguments(parser, text_encoders=False):

@@ -1,5 +1,9 @@
-"""What a run would train and what a step of it costs, counted on fake tensors: no GPU, no memory, no weights."""
+"""What a run would train and what a step of it costs, counted on fake tensors: no GPU, no memory, no weights.
 
+Where the VAE's weights are at hand, also what its decoder's features are like, measured on pictures of the run.
+"""
+
+import copy
 import math
 from argparse import Namespace
 from contextlib import contextmanager
@@ -9,10 +13,12 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 
-from counters import FlopCounter, LiveBytes, module_bytes
-from lpl_utils import compare_gradients
-from objectives import lpl_share
-from train_utils import DTYPES, optimizer_bytes
+from arguments import UserError
+from counters import FlopCounter, LiveBytes, RealMasks, module_bytes
+from loading import load_vae
+from lpl_utils import STATS, _decoder_blocks, compare_gradients, outlier_mask
+from objectives import lpl_share, make_lpl
+from train_utils import DTYPES, optimizer_bytes, sample_generators
 
 
 def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step):
@@ -26,9 +32,10 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
     Returns: dict of `trainable_parameters`, `parameters` (the denoiser's); `weights`, `optimizer`, `ema`, `buckets`
         (what several processes exchange gradients with) and, of a whole step with every sample decoded, `peak` and
         (without LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an optimizer step of one process, and
-        `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started.
+        `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started;
+        `blocks`, those of `measure_blocks`: on the main process, empty without LPL or where they can't be measured.
     """
-    batch = encode_ahead(args, family, batch)
+    pictures, batch = batch, encode_ahead(args, family, batch)
     count = count_what_stays(accelerator, args, family, model, ema)
     fixed = sum(count[name] for name in STAYS)
     # Every sample passes the gate: without it, and where alpha is not 0.
@@ -50,6 +57,10 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
     if accelerator.is_main_process:
         report_settings(args, family, ema)
         report(args, count, family, lpl, tau)
+    count["blocks"] = []
+    if accelerator.is_main_process and lpl is not None:
+        count["blocks"] = report_blocks(args, family, lpl, pictures)
+    accelerator.print("\nNothing was trained or written.")
     return count
 
 
@@ -59,7 +70,10 @@ def encode_ahead(args, family, batch):
         batch = {**batch, "posteriors": family.encode_images(batch["pixel_values"]).detach()}
         family.place(encoder=False)
     if args.cache_text_embeddings:
-        family.cache_prompts(batch["captions"], lambda captions, embed, _: [embed(caption) for caption in captions])
+        with RealMasks():
+            family.cache_prompts(
+                batch["captions"], lambda captions, embed, _: [embed(caption) for caption in captions]
+            )
     return batch
 
 
@@ -102,7 +116,7 @@ def count_step(accelerator, args, family, model, batch, training_step, lpl):
     max_samples = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
     passes = min(2, args.gradient_accumulation_steps)  # the second has the first one's gradients
     decoded, flops = 0, FlopCounter()
-    with gpu_norms(), LiveBytes() as memory, counted_visits(family, memory):
+    with gpu_norms(), RealMasks(), LiveBytes() as memory, counted_visits(family, memory):
         for _ in range(passes):
             with flops:
                 forward = training_step(args, family, model, lpl, batch, max_samples)
@@ -173,15 +187,99 @@ def expected_decoded(batch, share, max_samples):
     return sum(p * min(k, max_samples) for k, p in enumerate(chance))
 
 
+PICTURES, PIXELS = 2, 256  # what one CPU core decodes in well under a minute
+MEASURED_IN = {torch.float16: torch.float32}  # on a CPU, convolutions in fp16 take a hundred times as long
+
+
+@torch.no_grad()
+def measure_blocks(args, family, lpl, batch):
+    """What LPL finds in each block of the decoder, with the VAE's weights, on centre crops of the first pictures.
+
+    Args:
+        lpl: the run's, which compares the first of these blocks; batch: of `pixel_values` `[B, 3, H, W]` and
+            `positions`.
+
+    Returns: the number of pictures, their side in pixels, and a dict for each block, in the order in which they run:
+        `name` in the decoder; `shape` (channels, height, width) of a sample's features at --resolution; `amplitude`,
+        the root of their mean square over samples, channels and positions; `outliers`, the share of positions that
+        Algorithm 1 leaves out as at --resolution, None where LPL masks nothing; `mean_over_std`, |mean| / std over
+        the positions LPL compares, on average over samples and channels; `weight`, omega, None if it is balanced
+        later; `compared`, whether LPL compares it.
+
+    Raises:
+        UserError: the VAE can't be loaded, or its features are not finite in the run's precision.
+    """
+    vae = load_vae(args, MEASURED_IN.get(family.vae.dtype, family.vae.dtype))
+    largest = torch.finfo(family.vae.dtype).max
+    measured = copy.copy(family)
+    measured.vae = vae
+    _, up_blocks = _decoder_blocks(vae.decoder)
+    all_blocks = Namespace(**{**vars(args), "lpl_num_blocks": len(up_blocks), "lpl_compile": None})
+    whole = make_lpl(all_blocks, vae, measured.unscale)
+
+    unit = args.resolution // args.latent_size * family.pack
+    side = min(args.resolution, PIXELS // unit * unit)
+    pictures = centre_crop(batch["pixel_values"][:PICTURES], side)
+    generators = sample_generators(args.seed, batch["positions"][:PICTURES], purpose=1)
+    samples = []
+    for picture, generator in zip(pictures, generators):
+        phis = whole.features(measured.latents({"pixel_values": picture[None]}, [generator]))
+        if not all((phi.abs() <= largest).all() for phi in phis):  # nor is NaN
+            precision = PRECISIONS[family.vae.dtype]
+            raise UserError(f"its features are not finite in {precision}: use another precision for the VAE.")
+        _, stats = whole._compare(phis, phis)
+        samples.append(
+            {
+                "squares": [phi.float().square().mean().item() for phi in phis],
+                "outliers": [outlier_share(whole, phi, phis[0], args.resolution / side) for phi in phis],
+                "mean_over_std": stats[0, :, STATS.index("mean_over_std")].tolist(),
+            }
+        )
+
+    def mean(kind, l):
+        return sum(sample[kind][l] for sample in samples) / len(samples)
+
+    names = {module: name for name, module in vae.decoder.named_modules()}
+    blocks = [
+        {
+            "name": names[block],
+            "shape": (phi.shape[1], *(length * args.resolution // side for length in phi.shape[2:])),
+            "amplitude": math.sqrt(mean("squares", l)),
+            "outliers": None if samples[0]["outliers"][l] is None else mean("outliers", l),
+            "mean_over_std": mean("mean_over_std", l),
+            "weight": None if args.lpl_weighting == "balanced" else whole.omega[l].item(),
+            "compared": l < len(lpl.blocks),
+        }
+        for l, (block, phi) in enumerate(zip(whole.blocks, phis))
+    ]
+    return len(samples), side, blocks
+
+
+def centre_crop(pictures, side):
+    top, left = ((length - side) // 2 for length in pictures.shape[-2:])
+    return pictures[..., top : top + side, left : left + side]
+
+
+def outlier_share(lpl, phi, first, growth):
+    """Share of positions of features `[1, C, h, w]` that Algorithm 1 leaves out, None if LPL does not mask them.
+
+    growth: how much larger than these the features of the run are; the mask's kernels are for those.
+    """
+    if not lpl.mask_outliers or phi.shape[-1] < 4 * first.shape[-1]:
+        return None
+    valid = outlier_mask(phi, 1, growth * math.sqrt(phi.shape[-2] * phi.shape[-1]))
+    return 1 - valid.float().mean().item()
+
+
 HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
 HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size")
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def report_settings(args, family, ema):
     """All settings as they were resolved, first those given."""
-    precisions = {dtype: name for name, dtype in DTYPES.items()}
     settings = {name: value for name, value in vars(args).items() if name not in HIDDEN}
-    settings |= {"prediction_type": family.prediction_type, "vae_dtype": precisions[family.vae.dtype]}
+    settings |= {"prediction_type": family.prediction_type, "vae_dtype": PRECISIONS[family.vae.dtype]}
     settings |= {"ema_decay": ema.decay} if ema is not None else {}
     given = {flag.removeprefix("--no-").removeprefix("--") for flag in args.given_flags}
     if "seed" not in given:
@@ -231,7 +329,39 @@ def report(args, count, family, lpl, tau):
     print(f"  {'total':<24}{size(count['flops'], 'FLOP', 1000):>12}")
     if lpl is not None:
         print(f"  {'  of it due to LPL':<24}{size(count['flops'] - count['flops_l2'], 'FLOP', 1000):>12}")
-    print("\nNothing was trained or written.")
+
+
+def report_blocks(args, family, lpl, batch):
+    """The blocks of `measure_blocks`, printed as a table; none, and a line that says why, if that fails."""
+    print(f"\nBlocks of the decoder ({type(family.vae).__name__})", flush=True)
+    try:
+        pictures, side, blocks = measure_blocks(args, family, lpl, batch)
+    except (UserError, RuntimeError) as error:  # as of operations that a CPU does not have in half precision
+        print(f"  Not measured: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        return []
+    precision = PRECISIONS[MEASURED_IN.get(family.vae.dtype, family.vae.dtype)]
+    rows = [("block", "shape", "amplitude", "outliers", "|mean|/std", "weight", "LPL")]
+    for block in blocks:
+        rows.append(
+            (
+                block["name"],
+                " x ".join(str(length) for length in block["shape"]),
+                f"{block['amplitude']:.4g}",
+                "not masked" if block["outliers"] is None else f"{block['outliers']:.2%}",
+                f"{block['mean_over_std']:.3g}",
+                "measured later" if block["weight"] is None else f"{block['weight']:.4g}",
+                "compared" if block["compared"] else "not compared",
+            )
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    for name, *numbers, compared in rows:
+        cells = "  ".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:]))
+        print(f"  {name:<{widths[0]}}  {cells}  {compared}")
+    how_many = f"{pictures} picture{'s' if pictures > 1 else ''} of {side} x {side} pixels"
+    print(f"  Measured in {precision} on {how_many}. shape: channels x height x width at {args.resolution} pixels;")
+    print("  amplitude: root mean square of the clean features; outliers: share of positions that Algorithm 1 masks;")
+    print("  |mean|/std: mean over channels; weight: omega of Eq. 3.")
+    return blocks
 
 
 PARTS = {"encoder": "VAE encoder", "decoder": "VAE decoder", "text_encoders": "text encoders"}

@@ -28,15 +28,14 @@ from safetensors.torch import load_file, save_file
 from arguments import UserError
 from counters import without_values
 from loading import (
-    VAE_FLAG,
     from_config_without_values,
     given_vae_config,
     hub_flags,
     initialize,
     load,
+    load_vae,
     load_without_values,
     quantization_config,
-    vae_source,
 )
 from model_checks import is_folder_name, latent_channels
 from noise import (
@@ -429,11 +428,10 @@ class Family:
         """`{"vae": the VAE of --pretrained_vae_model_name_or_path}`, or nothing if the flag is not given."""
         if not self.args.pretrained_vae_model_name_or_path:
             return {}
-        config, hub = given_vae_config(self.args), {"cache_dir": self.args.cache_dir}
-        vae_class = getattr(diffusers, config["_class_name"])
         if self.args.dry_run:
-            return {"vae": from_config_without_values(vae_class, config, dtype)}
-        return {"vae": load(vae_class, vae_source(self.args), VAE_FLAG, dtype=dtype, **hub)}
+            config = given_vae_config(self.args)
+            return {"vae": from_config_without_values(getattr(diffusers, config["_class_name"]), config, dtype)}
+        return {"vae": load_vae(self.args, dtype)}
 
     def _given_denoiser(self, dtype, **changes):
         """`{denoiser_name: the denoiser}` if it is not the pipeline's as it is, but new, quantised or changed."""
