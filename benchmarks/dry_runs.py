@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from memory import DC_AE  # noqa: E402
 from tiny_models import build_photo_folder, build_tiny_tokenizer  # noqa: E402
-from tiny_transformers import CLASSES, _gemma, _t5  # noqa: E402
+from tiny_transformers import CLASSES, QWEN_IMAGE_WORDS, _gemma, _qwen_tokenizer, _t5  # noqa: E402
 
 import train_lpl_dit  # noqa: E402
 import train_lpl_sd  # noqa: E402
@@ -37,6 +37,13 @@ CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers
 CLIP_BIG_G |= {"projection_dim": 1280, "hidden_act": "gelu"}
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
 GEMMA_2_2B = {}  # the default
+QWEN_3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN_3_4B |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN_7B |= {"num_key_value_heads": 4, "vocab_size": 152064}
+QWEN_7B |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+QWEN_2_5_VL_7B = {"text_config": QWEN_7B, "vision_config": QWEN_VISION}
 
 # VAEs
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
@@ -45,6 +52,8 @@ SDXL_VAE = {**VAE, "scaling_factor": 0.13025, "force_upcast": True}
 VAE_16 = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True}
 SD3_VAE = {**VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_VAE = {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+FLUX_2_VAE = {**VAE, "latent_channels": 32}
+QWEN_IMAGE_VAE = {"z_dim": 16, "base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 ASYMMETRIC_VAE = {"down_block_out_channels": (128, 256, 512, 512), "layers_per_down_block": 2}
 ASYMMETRIC_VAE |= {"up_block_out_channels": (192, 384, 768, 768), "layers_per_up_block": 3}
 ASYMMETRIC_VAE |= {"down_block_types": VAE["down_block_types"], "up_block_types": VAE["up_block_types"]}
@@ -75,6 +84,12 @@ SD35 |= {"num_attention_heads": 24, "attention_head_dim": 64, "caption_projectio
 SD35 |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "dual_attention_layers": tuple(range(13))}
 FLUX = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
 FLUX |= {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 4096}
+FLUX_2_KLEIN_4B = {"in_channels": 128, "num_layers": 5, "num_single_layers": 20, "guidance_embeds": False}
+FLUX_2_KLEIN_4B |= {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 7680}
+QWEN_IMAGE = {"patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60}
+QWEN_IMAGE |= {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584}
+Z_IMAGE = {"in_channels": 16, "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30}
+Z_IMAGE |= {"cap_feat_dim": 2560, "axes_dims": (32, 48, 48), "axes_lens": (1536, 512, 512)}
 SANA = {"in_channels": 32, "out_channels": 32, "sample_size": 32, "num_layers": 20, "caption_channels": 2304}
 SANA |= {"num_attention_heads": 70, "attention_head_dim": 32, "cross_attention_dim": 2240}
 SANA |= {"num_cross_attention_heads": 20, "cross_attention_head_dim": 112}
@@ -90,6 +105,8 @@ SD_NOISE |= {"steps_offset": 1}
 LINEAR_NOISE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 FLUX_SHIFT = {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 FLUX_SHIFT |= {"base_shift": 0.5, "max_shift": 1.15}
+QWEN_SHIFT = {"shift": 1.0, "use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 8192}
+QWEN_SHIFT |= {"base_shift": 0.5, "max_shift": 0.9, "shift_terminal": 0.02}
 SANA_FLOW = {**LINEAR_NOISE, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 # Hub id -> the pipeline's class and its parts: their classes, as the index there names them, and configs
@@ -133,6 +150,27 @@ PIPELINES = {
         "text_encoder": ("CLIPTextModel", CLIP_L),
         "text_encoder_2": ("T5EncoderModel", T5_XXL),
     },
+    "black-forest-labs/FLUX.2-klein-base-4B": {
+        "_class_name": "Flux2KleinPipeline",
+        "transformer": ("Flux2Transformer2DModel", FLUX_2_KLEIN_4B),
+        "vae": ("AutoencoderKLFlux2", FLUX_2_VAE),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", FLUX_SHIFT),
+        "text_encoder": ("Qwen3ForCausalLM", QWEN_3_4B),
+    },
+    "Qwen/Qwen-Image": {
+        "_class_name": "QwenImagePipeline",
+        "transformer": ("QwenImageTransformer2DModel", QWEN_IMAGE),
+        "vae": ("AutoencoderKLQwenImage", QWEN_IMAGE_VAE),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", QWEN_SHIFT),
+        "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_2_5_VL_7B),
+    },
+    "Tongyi-MAI/Z-Image": {
+        "_class_name": "ZImagePipeline",
+        "transformer": ("ZImageTransformer2DModel", Z_IMAGE),
+        "vae": ("AutoencoderKL", FLUX_VAE),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 6.0}),
+        "text_encoder": ("Qwen3Model", QWEN_3_4B),
+    },
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": {
         "_class_name": "SanaPipeline",
         "transformer": ("SanaTransformer2DModel", SANA),
@@ -155,10 +193,12 @@ PIPELINES = {
         "id2label": CLASSES,
     },
 }
-TOKENIZERS = {  # a character is a token: that shows only in Sana without --cache_text_embeddings, as others pad
+TOKENIZERS = {  # a character is a token: that shows where captions are not padded to a fixed length
     "CLIP": build_tiny_tokenizer,
     "T5": lambda: _t5(width=8)[0],
     "Gemma": lambda: _gemma(width=8)[0],
+    "Qwen3": _qwen_tokenizer,
+    "Qwen2_5_VL": lambda: _qwen_tokenizer(QWEN_IMAGE_WORDS),
 }
 
 

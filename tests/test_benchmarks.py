@@ -1,12 +1,31 @@
 """What the project promises of full-size models, counted."""
 
+import diffusers
 import pytest
-from dry_runs import count, readme_commands, write_model
+import torch
+from dry_runs import PIPELINES, count, readme_commands, write_model
 
 
 GIB = 2**30
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 CACHED = ("--mixed_precision", "bf16", "--cache_latents", "--center_crop", "--cache_text_embeddings")
+
+
+@pytest.mark.parametrize(
+    "model, part, parameters",
+    [  # as the published weights' files have them
+        ("black-forest-labs/FLUX.2-klein-base-4B", "transformer", 3_875_544_576),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "vae", 84_046_115),
+        ("Qwen/Qwen-Image", "transformer", 20_430_401_088),
+        ("Qwen/Qwen-Image", "vae", 126_892_531),
+        ("Tongyi-MAI/Z-Image", "transformer", 6_154_908_736),
+    ],
+)
+def test_models_have_the_size_of_the_published_ones(model, part, parameters):
+    class_name, config = PIPELINES[model][part]
+    with torch.device("meta"):
+        built = getattr(diffusers, class_name)(**config)
+    assert sum(p.numel() for p in built.parameters()) == parameters
 
 
 @pytest.mark.slow
