@@ -512,7 +512,8 @@ def check_combinations(args):
 def check_unused(args, flags, because):
     for flag in flags:
         if flag in args.given_flags:
-            raise UserError(f"{flag} has no effect with {because}: leave one of them out.")
+            remedy = "leave one of them out" if "--" in because else "leave it out"
+            raise UserError(f"{flag} has no effect with {because}: {remedy}.")
 
 
 def check_packages(args):

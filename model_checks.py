@@ -215,7 +215,7 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         )
     if pipeline == "HunyuanDiTPipeline":
         check_unused(args, ["--max_sequence_length"], f"{pipeline}, whose text embeddings have a fixed length")
-        check_unused(args, ["--gradient_checkpointing"], f"{pipeline}: its transformer knows none")
+        check_unused(args, ["--gradient_checkpointing"], f"{pipeline}, whose transformer has none")
     longest = LONGEST.get(pipeline, math.inf)
     if (args.max_sequence_length or 0) > longest:
         raise UserError(
@@ -231,7 +231,7 @@ LONGEST = {
     "StableDiffusion3Pipeline": 512,
     "FluxPipeline": 512,
     "QwenImagePipeline": 1024,
-    "ZImagePipeline": 960,
+    "ZImagePipeline": 992,
     "Lumina2Pipeline": 299,
 }
 
@@ -291,13 +291,8 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
             "belongs to the model with --pretrained_vae_model_name_or_path"
             + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
         )
-    patch = 1 if pipeline == "QwenImagePipeline" else patch  # which counts these before it packs them
-    given = (denoiser_config.get("out_channels") or channels * patch) // patch
-    if args.transformer_config and given not in (channels, 2 * channels):
-        raise UserError(
-            "--transformer_config: out_channels must be in_channels, or twice that if it predicts a variance as well, "
-            f"not {given * patch}."
-        )
+    if args.transformer_config:
+        check_output(pipeline, denoiser_config, channels)
     shift = vae_config.get("shift_factor")
     if pipeline in READS_SHIFT and vae_class == "AutoencoderKL" and shift is None:
         raise UserError(
@@ -318,6 +313,26 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         raise UserError(
             f"--lpl_num_blocks {args.lpl_num_blocks}: the VAE's decoder has {blocks} up blocks, give that or fewer."
         )
+
+
+PREDICTS_VARIANCE = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+
+def check_output(pipeline, config, channels):
+    """What a new transformer's config says of its patches and of what it predicts."""
+    wanted = channels * (4 if pipeline in PACKED and pipeline != "QwenImagePipeline" else 1)  # it packs afterwards
+    possible = (wanted, 2 * wanted) if pipeline in PREDICTS_VARIANCE else (wanted,)
+    given = config.get("out_channels") or wanted
+    if given not in possible:
+        or_twice = f" (or {2 * wanted}, if it predicts a variance as well)" if len(possible) > 1 else ""
+        raise UserError(f"--transformer_config: out_channels must be {wanted}{or_twice}, not {given}.")
+    if pipeline == "HunyuanDiTPipeline" and not config.get("learn_sigma", True):
+        raise UserError("--transformer_config: learn_sigma must be true, its pipeline counts on a predicted variance.")
+    patches = {**dict.fromkeys(PACKED, ("patch_size", 1)), "QwenImagePipeline": ("patch_size", 2)}
+    patches["ZImagePipeline"] = ("all_patch_size", [2])
+    name, wanted = patches.get(pipeline, (None, None))
+    if name and config.get(name, wanted) not in (wanted, [wanted]):
+        raise UserError(f"--transformer_config: {name} must be {wanted}, as {pipeline} counts on, not {config[name]}.")
 
 
 UNETS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "KolorsPipeline")
@@ -410,7 +425,8 @@ def check_schedule(args, pipeline, scheduler_config):
         if args.weighting_scheme in ("sigma_sqrt", "cosmap"):
             check_unused(args, ["--snr_gamma"], f"--weighting_scheme {args.weighting_scheme}")
     else:
-        check_unused(args, FLOW_FLAGS, f"{prediction_type} prediction, which is no flow matching")
+        name = prediction_type if "prediction" in prediction_type else f"{prediction_type} prediction"
+        check_unused(args, FLOW_FLAGS, f"{name}, which is no flow matching")
         args.weighting_scheme = "none"
     for scheme, flags in (("logit_normal", ["--logit_mean", "--logit_std"]), ("mode", ["--mode_scale"])):
         if args.weighting_scheme != scheme:

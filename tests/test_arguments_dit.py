@@ -18,10 +18,13 @@ import arguments
 import model_checks
 import train_lpl_dit
 import train_lpl_sd
+from model_families import find_family
 
 
 ROOT = Path(arguments.__file__).parent
 CONFIGS = ROOT / "transformer_configs"
+LATER = ("Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT")
+SHIFTED = ("ZImage", "Lumina2")  # of these, families whose VAE has a shift
 BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
@@ -84,6 +87,20 @@ def write(tmp_path):
     return run
 
 
+def channels_of(model):
+    """Latent channels of a model's VAE, by its config."""
+    config = json.loads((model / "vae" / "config.json").read_text())
+    return config.get("z_dim") or config["latent_channels"]
+
+
+def vae_of(family, folder, **config):
+    """Saves another VAE, of the kind that belongs to one of LATER, and returns its folder."""
+    kinds = {"Flux2Klein": "AutoencoderKLFlux2", "QwenImage": "AutoencoderKLQwenImage"}
+    shift = {"shift_factor": 0.1} if family in SHIFTED else {}
+    build_tiny_vae(kinds.get(family, "AutoencoderKL"), **shift, **config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "model, words, sentence",
     [
@@ -123,13 +140,58 @@ def write(tmp_path):
         ("Flux", "--max_sequence_length 513", "--max_sequence_length 513: FluxPipeline draws with at most 512"),
         ("Flux", "--max_sequence_length 0", "--max_sequence_length 0 must be at least 1"),
         ("Flux", "--train_text_encoder", "--train_text_encoder is not there for transformers"),
+        *(
+            (model, "--guidance_scale 2", f"--guidance_scale has no effect with {model}Pipeline, which is not told of")
+            for model in LATER
+        ),
+        ("HunyuanDiT", "--gradient_checkpointing", "--gradient_checkpointing has no effect with HunyuanDiTPipeline"),
+        ("HunyuanDiT", "--max_sequence_length 77", "--max_sequence_length has no effect with HunyuanDiTPipeline, who"),
+        ("QwenImage", "--max_sequence_length 1025", "1025: QwenImagePipeline draws with at most 1024, give that or"),
+        ("ZImage", "--max_sequence_length 993", "--max_sequence_length 993: ZImagePipeline draws with at most 992"),
+        ("Lumina2", "--max_sequence_length 300", "--max_sequence_length 300: Lumina2Pipeline draws with at most 299"),
+        (
+            "AuraFlow",  # 144 positions: 12 in each direction
+            "--resolution 208",
+            "--resolution 208: the transformer has positions for 192 pixels (pos_embed_max_size), give that or less",
+        ),
+        ("HunyuanDiT", "--logit_mean 1", "--logit_mean has no effect with v_prediction"),
+        ("HunyuanDiT", "--prediction_type flow_prediction", "the model was trained with v_prediction, and flow match"),
+        ("Flux2Klein", "--prediction_type v_prediction", "the model was trained with flow_prediction, and flow"),
+        ("Lumina2", "--rescale_betas_zero_snr", "--rescale_betas_zero_snr has no effect with flow matching"),
+        ("QwenImage", "--lpl_num_blocks 5", "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks, give that or few"),
+        ("Flux2Klein", "--lpl_num_blocks 5", "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks, give that or fe"),
     ],
 )
 def test_flags_that_do_not_fit_the_model(refuse, model, words, sentence):
-    assert sentence in refuse(*words.split(), model=model)
+    message = refuse(*words.split(), model=model)
+    assert sentence in message and message.endswith((".\n", "?\n"))
 
 
-@pytest.mark.parametrize("model", ["DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux"])
+@pytest.mark.parametrize("model", ["Flux", "Flux2Klein"])
+def test_the_guidance_of_transformers_that_are_not_told_of_it(parse, refuse, tiny_pipeline, tmp_path, model):
+    # FLUX.1-dev's config says that it is told, schnell's that it is not; of FLUX.2 klein the pipeline tells nothing.
+    told = model == "Flux"
+    other = edit_config(tiny_pipeline(model), tmp_path, "transformer/config.json", guidance_embeds=not told)
+    if told:
+        assert parse("--guidance_scale", 2, model=tiny_pipeline(model)).guidance_scale == 2
+    assert f"--guidance_scale has no effect with {model}Pipeline" in refuse("--guidance_scale", 2, model=other)
+
+
+@pytest.mark.parametrize(
+    "model, longest", [("QwenImage", 1024), ("ZImage", 992), ("Lumina2", 299), ("AuraFlow", 4096)]
+)
+def test_the_longest_captions(parse, model, longest):
+    assert parse("--max_sequence_length", longest, model=model).max_sequence_length == longest
+
+
+def test_auraflow_counts_positions_of_both_directions(parse, refuse, tiny_pipeline, tmp_path):
+    assert parse(model="AuraFlow", resolution=192).latent_size == 24
+    model = edit_config(tiny_pipeline("AuraFlow"), tmp_path, "transformer/config.json", pos_embed_max_size=5**2)
+    assert parse(model=model, resolution=80).latent_size == 10
+    assert "--resolution 96: the transformer has positions for 80 pixels" in refuse(model=model, resolution=96)
+
+
+@pytest.mark.parametrize("model", ["DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", *LATER])
 def test_what_fits_is_accepted(parse, model):
     args = parse("--offload", model=model)
     assert args.offload and args.latent_size == 8
@@ -137,7 +199,7 @@ def test_what_fits_is_accepted(parse, model):
 
 def test_patches_and_packing_take_twice_the_factor_of_the_vae(parse, refuse):
     assert parse(model="Sana", resolution=72).latent_size == 9  # neither
-    for model in ("Flux", "PixArtAlpha", "StableDiffusion3"):
+    for model in ("Flux", "PixArtAlpha", "StableDiffusion3", *LATER):
         assert "--resolution 72 must be a multiple of 16, the VAE's factor times" in refuse(model=model, resolution=72)
 
 
@@ -163,7 +225,7 @@ def test_vaes_of_other_kinds(refuse, tiny_pipeline, tmp_path):
     assert "--pretrained_vae_model_name_or_path" in message
 
 
-@pytest.mark.parametrize("model", ["DiT", "PixArtAlpha", "PixArtSigma", "Sana"])
+@pytest.mark.parametrize("model", ["DiT", "PixArtAlpha", "PixArtSigma", "Sana", "AuraFlow", "HunyuanDiT"])
 def test_a_shift_that_the_pipeline_would_forget(refuse, tiny_pipeline, tmp_path, model):
     other = edit_config(tiny_pipeline(model), tmp_path, "vae/config.json", shift_factor=0.1)
     assert f"the VAE has a shift_factor, which {model}Pipeline does not undo" in refuse(model=other)
@@ -173,6 +235,35 @@ def test_a_vae_of_other_channels(refuse, tmp_path):
     build_tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
     message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae", model="Flux")
     assert "the VAE has 8 latent channels, the transformer takes 16: give the VAE that belongs to the" in message
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_a_vae_with_twice_the_channels(refuse, tiny_pipeline, tmp_path, family):
+    channels = channels_of(tiny_pipeline(family))
+    vae = vae_of(family, tmp_path / "vae", latent_channels=2 * channels)
+    message = refuse("--pretrained_vae_model_name_or_path", vae, model=family)
+    assert (
+        f"the VAE has {2 * channels} latent channels, the transformer takes {channels}: give the VAE that" in message
+    )
+
+
+@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("levels", [3, 5])
+def test_a_vae_with_another_factor(parse, refuse, tiny_pipeline, tmp_path, family, levels):
+    factor, channels = 2 ** (levels - 1), channels_of(tiny_pipeline(family))
+    widths = {"block_out_channels": (8, 16, 16, 16, 16)[:levels], "latent_channels": channels}
+    words = ["--pretrained_vae_model_name_or_path", vae_of(family, tmp_path / "vae", **widths), "--lpl_num_blocks", 2]
+    if family in ("Lumina2", "HunyuanDiT"):
+        sentence = (
+            f"the VAE makes a position of {factor} x {factor} pixels, and {family}Pipeline counts on 8 x 8: give"
+        )
+        message = refuse(*words, model=family)
+        assert sentence in message and "--pretrained_vae_model_name_or_path" in message
+        return
+    assert parse(*words, model=family).latent_size == 64 // factor
+    patch = 2 * factor
+    message = refuse(*words, model=family, resolution=64 + factor)
+    assert f"--resolution {64 + factor} must be a multiple of {patch}, the VAE's factor times the tra" in message
 
 
 def test_stages_without_layers_are_no_blocks(parse, refuse, tiny_pipeline, tmp_path):
@@ -229,7 +320,7 @@ def test_files_that_describe_no_transformer(scratch, write, tmp_path, content, s
     [
         ("dit-tiny", {"in_channels": 16}, "", "the VAE has 4 latent channels, the transformer takes 16: give the VAE"),
         ("dit-tiny", {"in_channels": 16}, "", "or change in_channels of --transformer_config"),
-        ("dit-tiny", {"out_channels": 2}, "", "--transformer_config: out_channels must be in_channels, or twice that"),
+        ("dit-tiny", {"out_channels": 2}, "", "--transformer_config: out_channels must be 4 (or 8, if it predicts"),
         ("dit-tiny", {"num_embeds_ada_norm": 10}, "", "--transformer_config: num_embeds_ada_norm must be 1000"),
         ("dit-tiny", {}, "--use_lora", "--transformer_config trains new weights, --use_lora adapters to trained"),
         (
@@ -388,6 +479,9 @@ def test_the_commands_of_the_readme_are_accepted(tiny_pipeline, sd3, photos, cla
     tiny = {
         "stabilityai/stable-diffusion-3.5-medium": sd3,
         "black-forest-labs/FLUX.1-dev": tiny_pipeline("Flux"),
+        "black-forest-labs/FLUX.2-klein-base-4B": tiny_pipeline("Flux2Klein"),
+        "Qwen/Qwen-Image": tiny_pipeline("QwenImage"),
+        "Tongyi-MAI/Z-Image": tiny_pipeline("ZImage"),
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers": tiny_pipeline("Sana"),
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": tiny_pipeline("PixArtSigma"),
         "facebook/DiT-XL-2-256": edit_config(tiny_pipeline("DiT"), tmp_path, "model_index.json", id2label=names),
@@ -516,12 +610,30 @@ def test_the_defaults_are_those_of_the_other_scripts_but_for_these(parse, sd3, s
         ("Flux", "AutoencoderKL", {}, "no shift_factor, which FluxPipeline reads"),
         ("PixArtSigma", "AutoencoderDC", {}, "AutoencoderDC, which PixArtSigmaPipeline can't sample with"),
         ("Sana", "AutoencoderKL", {}, "AutoencoderKL, which SanaPipeline can't sample with"),
+        *(
+            (family, kind, {}, f"the VAE is a {kind}, which {family}Pipeline can't sample with: give another")
+            for family, kinds in (
+                ("DiT", "AutoencoderKLFlux2 AutoencoderKLQwenImage"),
+                ("StableDiffusion3", "AutoencoderKLFlux2"),
+                ("Flux", "AutoencoderKLQwenImage"),
+                ("PixArtSigma", "AutoencoderKLFlux2"),
+                ("Sana", "AutoencoderKLQwenImage"),
+                ("Flux2Klein", "AutoencoderKL AutoencoderTiny AutoencoderKLQwenImage"),
+                ("QwenImage", "AutoencoderKL AutoencoderTiny AutoencoderKLFlux2"),
+                ("ZImage", "AsymmetricAutoencoderKL AutoencoderDC AutoencoderKLFlux2"),
+                ("Lumina2", "AsymmetricAutoencoderKL AutoencoderKLQwenImage"),
+                ("AuraFlow", "AutoencoderDC AutoencoderKLFlux2"),
+                ("HunyuanDiT", "AutoencoderDC AutoencoderKLQwenImage"),
+            )
+            for kind in kinds.split()
+        ),
+        ("ZImage", "AutoencoderKL", {}, "no shift_factor, which ZImagePipeline reads"),
+        ("Lumina2", "AutoencoderKL", {}, "no shift_factor, which Lumina2Pipeline reads"),
     ],
 )
 def test_a_vae_that_the_stock_pipeline_cannot_take(refuse, tiny_pipeline, tmp_path, family, kind, config, sentence):
     model = tiny_pipeline(family)
-    channels = json.loads((model / "vae" / "config.json").read_text())["latent_channels"]
-    build_tiny_vae(kind, latent_channels=channels, **config).save_pretrained(tmp_path / "vae")
+    build_tiny_vae(kind, latent_channels=channels_of(model), **config).save_pretrained(tmp_path / "vae")
     message = refuse("--pretrained_vae_model_name_or_path", tmp_path / "vae", model=model)
     assert sentence in message and "--pretrained_vae_model_name_or_path" in message
 
@@ -531,11 +643,108 @@ def test_a_transformer_config_says_what_the_classes_have_other_defaults_for(scra
     assert "--transformer_config does not say patch_size: add it" in scratch(config=write(config))
 
 
+@pytest.fixture
+def changed(tiny_pipeline, write):
+    """family, keys to leave out, values -> the flags for a new transformer with that config."""
+
+    def run(family, without=(), **values):
+        config = json.loads((tiny_pipeline(family) / "transformer" / "config.json").read_text()) | values
+        return "--transformer_config", write({name: value for name, value in config.items() if name not in without})
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "family, needed",
+    [
+        *(
+            (family, "in_channels out_channels patch_size")
+            for family in LATER
+            if family not in ("ZImage", "HunyuanDiT")
+        ),
+        ("ZImage", "in_channels"),
+        ("HunyuanDiT", "in_channels patch_size"),
+    ],
+)
+def test_what_the_config_of_a_new_transformer_must_say(parse, refuse, changed, family, needed):
+    for name in ("in_channels", "out_channels", "patch_size"):
+        words = changed(family, without=[name])
+        if name in needed.split():
+            assert f"--transformer_config does not say {name}: add it." in refuse(*words, model=family)
+        else:
+            assert parse(*words, model=family).transformer_config
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_channels_of_a_new_transformer_that_the_vae_lacks(refuse, tiny_pipeline, changed, family):
+    channels = channels_of(tiny_pipeline(family))
+    packed = 4 if family in ("Flux2Klein", "QwenImage") else 1
+    message = refuse(*changed(family, in_channels=2 * channels * packed), model=family)
+    assert f"the VAE has {channels} latent channels, the transformer takes {2 * channels}: give the VAE" in message
+    assert message.endswith(", or change in_channels of --transformer_config.\n")
+
+
+@pytest.mark.parametrize("family", ["Flux2Klein", "QwenImage", "Lumina2", "AuraFlow"])
+def test_a_new_transformer_whose_output_is_no_latent(refuse, tiny_pipeline, changed, family):
+    wanted = json.loads((tiny_pipeline(family) / "transformer" / "config.json").read_text())["out_channels"]
+    wanted = wanted or 16  # FLUX.2's says nothing
+    for wrong in (12, 2 * wanted):
+        message = refuse(*changed(family, out_channels=wrong), model=family)
+        assert f"--transformer_config: out_channels must be {wanted}, not {wrong}." in message
+
+
+@pytest.mark.parametrize(
+    "family, changes, sentence",
+    [
+        ("Flux", {"patch_size": 2}, "patch_size must be 1, as FluxPipeline counts on, not 2."),
+        ("Flux2Klein", {"patch_size": 4}, "patch_size must be 1, as Flux2KleinPipeline counts on, not 4."),
+        ("QwenImage", {"patch_size": 1}, "patch_size must be 2, as QwenImagePipeline counts on, not 1."),
+        ("ZImage", {"all_patch_size": [4]}, "all_patch_size must be [2], as ZImagePipeline counts on, not [4]."),
+        (
+            "HunyuanDiT",
+            {"learn_sigma": False},
+            "learn_sigma must be true, its pipeline counts on a predicted variance.",
+        ),
+    ],
+)
+def test_what_the_pipelines_count_on(refuse, changed, family, changes, sentence):
+    assert f"--transformer_config: {sentence}" in refuse(*changed(family, **changes), model=family)
+
+
+@pytest.mark.parametrize(
+    "family, name, width",
+    [
+        ("Flux2Klein", "joint_attention_dim", 24),
+        ("QwenImage", "joint_attention_dim", 16),
+        ("ZImage", "cap_feat_dim", 16),
+        ("Lumina2", "cap_feat_dim", 16),
+        ("AuraFlow", "joint_attention_dim", 32),
+        ("HunyuanDiT", "cross_attention_dim", 24),
+        ("HunyuanDiT", "cross_attention_dim_t5", 32),
+    ],
+)
+def test_a_new_transformer_takes_the_widths_of_the_text_encoders(parse, changed, family, name, width):
+    assert find_family(parse(*changed(family), model=family))
+    sentence = f"--transformer_config: {name} must be {width}, the width of the pipeline's text embeddings, not 40."
+    with pytest.raises(arguments.UserError) as error:
+        find_family(parse(*changed(family, **{name: 40}), model=family))
+    assert str(error.value) == sentence
+    with pytest.raises(arguments.UserError, match=f"{name} must be {width}, .* not "):  # the class's own default
+        find_family(parse(*changed(family, without=[name]), model=family))
+
+
 @pytest.mark.parametrize(
     "family, part, changes, sentence",
     [
         ("StableDiffusion3", "scheduler", "EulerDiscreteScheduler", "EulerDiscreteScheduler without flow matching"),
+        *(
+            (family, "scheduler", "DDIMScheduler", f"a DDIMScheduler without flow matching, which {family}Pipeline")
+            for family in LATER
+            if family != "HunyuanDiT"
+        ),
         ("PixArtSigma", "text_encoder", [None, None], "the model has no text_encoder: give one that is complete"),
+        ("Flux2Klein", "text_encoder", [None, None], "the model has no text_encoder: give one that is complete"),
+        ("HunyuanDiT", "text_encoder_2", [None, None], "the model has no text_encoder_2: give one that is complete"),
     ],
 )
 def test_parts_that_do_not_fit(refuse, tiny_pipeline, tmp_path, family, part, changes, sentence):

@@ -66,20 +66,10 @@ def runs(hub, tiny_sd, photos, tmp_path_factory):
     return {name: (place / name, process.returncode, printed[name]) for name, process in started.items()}
 
 
-@pytest.fixture(scope="module")
-def transformers(hub, photos, class_folders, tmp_path_factory):
-    """The same of train_lpl_dit.py, for what a stock pipeline can't load by itself."""
-    place = tmp_path_factory.mktemp("transformers")
-    build_tiny_vae().save_pretrained(place / "vae")
+def train_and_push(hub, place, flags):
+    """Runs train_lpl_dit.py for one step with each of the flags, at once; outputs are in `place`, by name."""
     shared = ["--resolution", 64, "--train_batch_size", 2, "--max_train_steps", 1, "--num_validation_images", 1]
     shared += ["--validation_inference_steps", 2, "--seed", 0, "--push_to_hub", "--hub_token", TOKEN]
-    flags = {
-        "peft": ["--pretrained_model_name_or_path", "tester/pixart", "--use_lora", "--learning_rate", 0.1],
-        "classes": ["--transformer_config", "transformer_configs/mmdit-tiny.json", "--lpl_sigma_threshold", 80],
-    }
-    flags["peft"] += ["--train_data_dir", photos, "--validation_prompt", "a red fox"]
-    flags["classes"] += ["--train_data_dir", class_folders, "--validation_prompt", "volcano"]
-    flags["classes"] += ["--pretrained_vae_model_name_or_path", place / "vae", "--learning_rate", 0.01]
     started = {}
     for name, more in flags.items():
         output = ["--output_dir", place / name, "--hub_model_id", f"tester/{name}"]
@@ -88,6 +78,34 @@ def transformers(hub, photos, class_folders, tmp_path_factory):
     for name, process in started.items():
         printed, _ = process.communicate()
         assert process.returncode == 0, printed
+
+
+@pytest.fixture(scope="module")
+def transformers(hub, photos, class_folders, tmp_path_factory):
+    """Trainings of transformers, for what a stock pipeline can't load by itself; returns their folder."""
+    place = tmp_path_factory.mktemp("transformers")
+    build_tiny_vae().save_pretrained(place / "vae")
+    flags = {
+        "peft": ["--pretrained_model_name_or_path", "tester/pixart", "--use_lora", "--learning_rate", 0.1],
+        "classes": ["--transformer_config", "transformer_configs/mmdit-tiny.json", "--lpl_sigma_threshold", 80],
+    }
+    flags["peft"] += ["--train_data_dir", photos, "--validation_prompt", "a red fox"]
+    flags["classes"] += ["--train_data_dir", class_folders, "--validation_prompt", "volcano"]
+    flags["classes"] += ["--pretrained_vae_model_name_or_path", place / "vae", "--learning_rate", 0.01]
+    train_and_push(hub, place, flags)
+    return place
+
+
+@pytest.fixture(scope="module")
+def packed(hub, tiny_pipeline, photos, tmp_path_factory):
+    """The same of models with VAEs of their own: a LoRA and a pipeline."""
+    place = tmp_path_factory.mktemp("packed")
+    flags = {"klein": ["--use_lora", "--learning_rate", 0.1], "qwen-image": ["--learning_rate", 0.01]}
+    for name, family in (("klein", "Flux2Klein"), ("qwen-image", "QwenImage")):
+        hub.repos[f"tester/base-of-{name}"] = Repo.of_folder(tiny_pipeline(family))
+        flags[name] += ["--pretrained_model_name_or_path", f"tester/base-of-{name}", "--train_data_dir", photos]
+        flags[name] += ["--validation_prompt", "a red fox"]
+    train_and_push(hub, place, flags)
     return place
 
 
@@ -102,24 +120,32 @@ pipe(**eval(settings), generator=generator, num_inference_steps=2).images[0].sav
 """
 
 
+FOX = {"prompt": "a red fox", "height": 64, "width": 64}
+
+
 @pytest.mark.parametrize(
-    "name, settings",
+    "place, name, settings",
     [
-        ("peft", {"prompt": "a red fox", "height": 64, "width": 64, "use_resolution_binning": False}),
-        ("classes", {"class_labels": [1]}),  # volcano; 64 pixels are what it was trained for
+        ("transformers", "peft", {**FOX, "use_resolution_binning": False}),
+        ("transformers", "classes", {"class_labels": [1]}),  # volcano; 64 pixels are what it was trained for
+        pytest.param("packed", "klein", FOX, marks=pytest.mark.slow),
+        pytest.param("packed", "qwen-image", {**FOX, "negative_prompt": ""}, marks=pytest.mark.slow),
     ],
 )
-def test_the_code_in_a_transformers_card_draws_what_was_trained(hub, transformers, tmp_path, name, settings):
+def test_the_code_in_a_transformers_card_draws_what_was_trained(hub, request, tmp_path, place, name, settings):
+    place = request.getfixturevalue(place)
     card = hub.repos[f"tester/{name}"].files["README.md"].decode()
-    assert str(transformers) not in card
-    assert ModelCard(card).data.pipeline_tag == {"peft": "text-to-image"}.get(name, "unconditional-image-generation")
+    assert str(place) not in card
+    assert ModelCard(card).data.pipeline_tag == (
+        "text-to-image" if "prompt" in settings else "unconditional-image-generation"
+    )
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     command = [sys.executable, "-c", DRAW, tmp_path, code.replace('.to("cuda")', ""), repr(settings)]
     process = launch(hub, command, tmp_path / "home", cwd=tmp_path)  # where our own module is out of reach
     printed, _ = process.communicate()
     assert process.returncode == 0, printed
     assert Image.open(tmp_path / "image of the card.png").size == (64, 64)
-    assert_same_image(transformers / name / "samples" / "final.png", tmp_path / "image.png")
+    assert_same_image(place / name / "samples" / "final.png", tmp_path / "image.png")
 
 
 @pytest.fixture(scope="module")
