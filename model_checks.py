@@ -230,6 +230,7 @@ def check_conditioning(args, index, pipeline, denoiser_config):
 LONGEST = {
     "StableDiffusion3Pipeline": 512,
     "FluxPipeline": 512,
+    "ChromaPipeline": 512,
     "QwenImagePipeline": 1024,
     "ZImagePipeline": 992,
     "Lumina2Pipeline": 299,
@@ -247,7 +248,7 @@ VAES = {
 }
 # Those that a stock pipeline can sample with, if not these
 USUAL = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
-READS_SHIFT = ("StableDiffusion3Pipeline", "FluxPipeline", "ZImagePipeline", "Lumina2Pipeline")
+READS_SHIFT = ("StableDiffusion3Pipeline", "FluxPipeline", "ChromaPipeline", "ZImagePipeline", "Lumina2Pipeline")
 NO_SHIFT = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "AuraFlowPipeline")
 NO_SHIFT += ("HunyuanDiTPipeline",)
 DECODES = {
@@ -259,7 +260,7 @@ DECODES = {
     **dict.fromkeys(READS_SHIFT, ("AutoencoderKL", "AutoencoderTiny")),
 }
 # Pipelines that make a channel each of 4 latents
-PACKED = ("FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline")
+PACKED = ("FluxPipeline", "ChromaPipeline", "Flux2KleinPipeline", "QwenImagePipeline")
 # What a new transformer's config must say, as the classes' defaults differ, if it is not all of these
 NEEDED = ("in_channels", "out_channels", "patch_size")
 NEEDED_BY = {"ZImageTransformer2DModel": NEEDED[:1], "HunyuanDiT2DModel": (NEEDED[0], NEEDED[2])}

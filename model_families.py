@@ -4,6 +4,7 @@ Shapes: B batch, C latent channels, h x w latent positions, H x W pixels.
 """
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,8 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
@@ -43,6 +46,7 @@ from diffusers.models.embeddings import LabelEmbedding, get_2d_rotary_pos_embed
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from family import Family
 from loading import (
@@ -305,6 +309,32 @@ class Flux2Klein(Family):
         negative = self.encode_prompts([""])["prompt_embeds"]
         latents = pipe(**self.encode_prompts([prompt]), negative_prompt_embeds=negative, **settings).images
         return self.scale(latents)  # the pipeline has made them the VAE's
+
+
+class Chroma(Flux):
+    """Chroma: FLUX.1 without CLIP; guidance is no input, and the padding of T5's embeddings is masked."""
+
+    pipeline_class, denoiser_class = ChromaPipeline, ChromaTransformer2DModel
+    text_encoder_names = ("text_encoder",)
+
+    def _encode(self, captions):
+        settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
+        embeds, _, mask, *_ = self.pipe.encode_prompt(captions, **settings)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def denoiser_inputs(self, latents, prompt_embeds, prompt_attention_mask):
+        tokens = latents[0, 0].numel() // self.pack**2
+        mask = self.pipe._prepare_attention_mask(len(latents), tokens, None, prompt_attention_mask)
+        inputs = {"encoder_hidden_states": prompt_embeds, "attention_mask": mask}
+        return inputs | self._positions(latents, prompt_embeds)
+
+    def _checkpoint_activations(self):
+        for block in (*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # diffusers' own loses the mask
+
+    def _sample(self, pipe, prompt, **settings):
+        latents = Family._sample(self, pipe, prompt, **settings)
+        return pipe._unpack_latents(latents, settings["height"], settings["width"], pipe.vae_scale_factor)
 
 
 class QwenImage(Flux):
@@ -613,6 +643,7 @@ FAMILIES = {
         PixArtAlpha,
         PixArtSigma,
         Sana,
+        Chroma,
         Flux2Klein,
         QwenImage,
         ZImage,

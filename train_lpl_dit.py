@@ -29,6 +29,7 @@ def parse_args(argv=None):
             "PixArtSigmaPipeline",
             "SanaPipeline",
             "FluxPipeline",
+            "ChromaPipeline",
             "Flux2KleinPipeline",
             "QwenImagePipeline",
             "ZImagePipeline",

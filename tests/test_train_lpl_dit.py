@@ -40,10 +40,10 @@ from pipeline_class_conditional import ClassConditionalPipeline, ClassConditiona
 
 CONFIGS = Path(train_lpl_dit.__file__).parent / "transformer_configs"
 FAMILIES = ("DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", "ClassConditional")
-LATER = ("Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT")
+LATER = ("Chroma", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT")
 FAMILIES += LATER
 ON_LABELS = ("DiT", "ClassConditional")
-STOCK_LORA = ("StableDiffusion3", "Sana", "Flux", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow")
+STOCK_LORA = ("StableDiffusion3", "Sana", "Flux", "Chroma", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow")
 KINDS = {
     "full": ("--learning_rate", 3e-3),
     "LoRA": ("--use_lora", "--rank", 2, "--lora_alpha", 8, "--learning_rate", 0.01),

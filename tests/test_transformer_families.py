@@ -50,11 +50,11 @@ REPLACED = {  # components
 }
 LABELS = [f"ClassConditional {formulation}" for formulation in SCHEDULERS]
 MODELS = ["DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", *VARIANTS, *REPLACED, *LABELS]
-MODELS += ["Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT"]
+MODELS += ["Chroma", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT"]
 # Pipelines whose tokens are squares of 2 x 2 positions
-PACKED = ("FluxPipeline", "QwenImagePipeline")
+PACKED = ("FluxPipeline", "ChromaPipeline", "QwenImagePipeline")
 # Where what guidance compares with is in a second call; the others put it into the batch
-IN_A_SECOND_CALL = ("Flux", "QwenImage", "Lumina2")
+IN_A_SECOND_CALL = ("Flux", "Chroma", "QwenImage", "Lumina2")
 PROMPTS = ["a red fox", "Two Boats at sea, in a caption of more than twenty tokens"]
 
 

@@ -162,6 +162,15 @@ def _flux(channels, config):
     }
 
 
+def _chroma(channels, config):
+    own = {"in_channels": 4 * channels, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 32}
+    own |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    own |= {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    flux, transformer = _flux(channels, {}), diffusers.ChromaTransformer2DModel(**{**own, **config})
+    parts = {"tokenizer": flux["tokenizer_2"], "text_encoder": flux["text_encoder_2"]}
+    return {"transformer": transformer, "scheduler": flux["scheduler"], **parts}
+
+
 def _flux2_klein(channels, config):
     own = {"in_channels": 4 * channels, "num_layers": 1, "num_single_layers": 1, "guidance_embeds": False}
     own |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 4, 4)}
@@ -325,6 +334,7 @@ FAMILIES = {  # what builds all but the VAE, and the VAE's settings where they a
     "PixArtSigma": (_pixart, {"scaling_factor": 0.13025}),
     "Sana": (_sana, {"kind": "AutoencoderDC", "scaling_factor": 0.41407}),
     "Flux": (_flux, FLUX_VAE),
+    "Chroma": (_chroma, FLUX_VAE),
     "Flux2Klein": (_flux2_klein, {"kind": "AutoencoderKLFlux2"}),
     "QwenImage": (_qwen_image, {"kind": "AutoencoderKLQwenImage"}),
     "ZImage": (_z_image, FLUX_VAE),
