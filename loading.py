@@ -62,7 +62,7 @@ def load_without_values(pipeline_class, name, hub, dtype, **components):
         elif issubclass(model_class, transformers.PreTrainedModel):
             config = load(model_class.config_class, name, flag, subfolder=part, **hub)
             with torch.device("meta"):
-                components[part] = model_class(config).to(part_dtype)
+                components[part] = cast(model_class(config), part_dtype)
         else:
             components[part] = load(model_class, name, flag, subfolder=part, **hub)
     known = {key: value for key, value in settings.items() if key not in components}
@@ -71,7 +71,17 @@ def load_without_values(pipeline_class, name, hub, dtype, **components):
 
 def from_config_without_values(model_class, config, dtype):
     with torch.device("meta"):
-        return model_class.from_config(config).to(dtype)
+        return cast(model_class.from_config(config), dtype)
+
+
+def cast(model, dtype):
+    """What `from_pretrained` casts: all but the buffers that are not saved."""
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in model.state_dict()}
+    model.to(dtype)
+    for name, buffer in unsaved.items():
+        module, _, name = name.rpartition(".")
+        model.get_submodule(module)._buffers[name] = buffer
+    return model
 
 
 def hub_flags(args):

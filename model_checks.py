@@ -10,6 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from arguments import UserError, check_unused
 
@@ -214,10 +215,11 @@ def check_conditioning(args, index, pipeline, denoiser_config):
             "--train_text_encoder: that of Kolors is a large language model, which is not trained: leave it out."
         )
     if pipeline == "HunyuanDiTPipeline":
-        check_unused(args, ["--max_sequence_length"], f"{pipeline}, whose text embeddings have a fixed length")
         check_unused(args, ["--gradient_checkpointing"], f"{pipeline}, whose transformer has none")
-    longest = LONGEST.get(pipeline, math.inf)
-    if (args.max_sequence_length or 0) > longest:
+    longest = PIPELINES.get(pipeline, Rules()).longest
+    if longest == 0:
+        check_unused(args, ["--max_sequence_length"], f"{pipeline}, whose text embeddings have a fixed length")
+    elif (args.max_sequence_length or 0) > longest:
         raise UserError(
             f"--max_sequence_length {args.max_sequence_length}: {pipeline} draws with at most {longest}, give that or "
             "less."
@@ -225,16 +227,6 @@ def check_conditioning(args, index, pipeline, denoiser_config):
     if args.proportion_empty_prompts is None:
         args.proportion_empty_prompts = 0.1 if labels else 0.0
 
-
-# Text tokens that a pipeline or its transformer's positions have room for, if there is a limit
-LONGEST = {
-    "StableDiffusion3Pipeline": 512,
-    "FluxPipeline": 512,
-    "ChromaPipeline": 512,
-    "QwenImagePipeline": 1024,
-    "ZImagePipeline": 992,
-    "Lumina2Pipeline": 299,
-}
 
 # VAE classes: where their configs have a value per level of the encoder and of the decoder, how many by default, and
 # how many channels by default
@@ -246,21 +238,40 @@ VAES = {
     "AutoencoderKLFlux2": ("block_out_channels", "up_block_types", 4, 32),
     "AutoencoderKLQwenImage": ("dim_mult", "dim_mult", 4, 16),
 }
-# Those that a stock pipeline can sample with, if not these
-USUAL = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")
-READS_SHIFT = ("StableDiffusion3Pipeline", "FluxPipeline", "ChromaPipeline", "ZImagePipeline", "Lumina2Pipeline")
-NO_SHIFT = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "AuraFlowPipeline")
-NO_SHIFT += ("HunyuanDiTPipeline",)
-DECODES = {
-    "SanaPipeline": ("AutoencoderDC", "AutoencoderTiny"),
-    "DiTPipeline": (*USUAL, "AutoencoderDC"),
-    "ClassConditionalPipeline": (*USUAL, "AutoencoderDC"),
-    "Flux2KleinPipeline": ("AutoencoderKLFlux2",),
-    "QwenImagePipeline": ("AutoencoderKLQwenImage",),
-    **dict.fromkeys(READS_SHIFT, ("AutoencoderKL", "AutoencoderTiny")),
+
+
+class Rules(NamedTuple):
+    """What a stock pipeline counts on."""
+
+    vaes: tuple = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")  # those that it can sample with
+    shift: bool | None = None  # reads the VAE's shift_factor (True), or samples as if there were none (False)
+    flow: bool = False  # samples by flow matching alone
+    packs: bool = False  # makes one token, and its channels, of 2 x 2 latents
+    patch: int | None = None  # side of a token in latents; by default the transformer's patch_size
+    factor: int | None = None  # side of a latent in pixels, if that is fixed
+    longest: float = math.inf  # text tokens that it, or its transformer's positions, have room for; 0: a fixed number
+    variance: bool = False  # may leave a predicted variance alone
+
+
+SHIFTED = Rules(vaes=("AutoencoderKL", "AutoencoderTiny"), shift=True, flow=True)
+PACKED = SHIFTED._replace(packs=True, patch=2, longest=512)
+ANY_SCALED = (*Rules().vaes, "AutoencoderDC")
+PIPELINES = {
+    "StableDiffusion3Pipeline": SHIFTED._replace(longest=512),
+    "FluxPipeline": PACKED,
+    "ChromaPipeline": PACKED,
+    "Flux2KleinPipeline": Rules(vaes=("AutoencoderKLFlux2",), flow=True, packs=True, patch=2),
+    "QwenImagePipeline": Rules(vaes=("AutoencoderKLQwenImage",), flow=True, packs=True, patch=2, longest=1024),
+    "ZImagePipeline": SHIFTED._replace(patch=2, longest=992),
+    "Lumina2Pipeline": SHIFTED._replace(factor=8, longest=299),
+    "AuraFlowPipeline": Rules(shift=False, flow=True),
+    "SanaPipeline": Rules(vaes=("AutoencoderDC", "AutoencoderTiny"), shift=False, flow=True),
+    "PixArtAlphaPipeline": Rules(shift=False, variance=True),
+    "PixArtSigmaPipeline": Rules(shift=False, variance=True),
+    "HunyuanDiTPipeline": Rules(shift=False, factor=8, longest=0),
+    "DiTPipeline": Rules(vaes=ANY_SCALED, shift=False, variance=True),
+    "ClassConditionalPipeline": Rules(vaes=ANY_SCALED),
 }
-# Pipelines that make a channel each of 4 latents
-PACKED = ("FluxPipeline", "ChromaPipeline", "Flux2KleinPipeline", "QwenImagePipeline")
 # What a new transformer's config must say, as the classes' defaults differ, if it is not all of these
 NEEDED = ("in_channels", "out_channels", "patch_size")
 NEEDED_BY = {"ZImageTransformer2DModel": NEEDED[:1], "HunyuanDiT2DModel": (NEEDED[0], NEEDED[2])}
@@ -281,11 +292,12 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
     vae_class, another = vae_config.get("_class_name"), "another one with --pretrained_vae_model_name_or_path"
     if vae_class not in VAES:
         raise UserError(f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give {another}.")
-    if vae_class not in DECODES.get(pipeline, USUAL):
+    rules = PIPELINES.get(pipeline, Rules())
+    if vae_class not in rules.vaes:
         raise UserError(f"the VAE is a {vae_class}, which {pipeline} can't sample with: give {another}.")
     channels = latent_channels(vae_config)
-    patch = 4 if pipeline in PACKED else 1
-    taken = denoiser_config.get("in_channels", channels * patch) // patch
+    packed = 4 if rules.packs else 1
+    taken = denoiser_config.get("in_channels", channels * packed) // packed
     if channels != taken:
         raise UserError(
             f"the VAE has {channels} latent channels, the {denoiser_of(pipeline)} takes {taken}: give the VAE that "
@@ -295,12 +307,12 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
     if args.transformer_config:
         check_output(pipeline, denoiser_config, channels)
     shift = vae_config.get("shift_factor")
-    if pipeline in READS_SHIFT and vae_class == "AutoencoderKL" and shift is None:
+    if rules.shift and vae_class == "AutoencoderKL" and shift is None:
         raise UserError(
             f"the VAE has no shift_factor, which {pipeline} reads: write it into its config.json (0 shifts nothing), "
             f"or give {another}."
         )
-    if shift and pipeline in NO_SHIFT:
+    if shift and rules.shift is False:
         raise UserError(f"the VAE has a shift_factor, which {pipeline} does not undo when it samples: give {another}.")
     if args.vae_dtype == "fp16" and vae_config.get("force_upcast"):
         raise UserError(
@@ -316,22 +328,19 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         )
 
 
-PREDICTS_VARIANCE = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
-
-
 def check_output(pipeline, config, channels):
     """What a new transformer's config says of its patches and of what it predicts."""
-    wanted = channels * (4 if pipeline in PACKED and pipeline != "QwenImagePipeline" else 1)  # it packs afterwards
-    possible = (wanted, 2 * wanted) if pipeline in PREDICTS_VARIANCE else (wanted,)
+    rules = PIPELINES.get(pipeline, Rules())
+    wanted = channels * (4 if rules.packs and pipeline != "QwenImagePipeline" else 1)  # it packs afterwards
+    possible = (wanted, 2 * wanted) if rules.variance else (wanted,)
     given = config.get("out_channels") or wanted
     if given not in possible:
         or_twice = f" (or {2 * wanted}, if it predicts a variance as well)" if len(possible) > 1 else ""
         raise UserError(f"--transformer_config: out_channels must be {wanted}{or_twice}, not {given}.")
     if pipeline == "HunyuanDiTPipeline" and not config.get("learn_sigma", True):
         raise UserError("--transformer_config: learn_sigma must be true, its pipeline counts on a predicted variance.")
-    patches = {**dict.fromkeys(PACKED, ("patch_size", 1)), "QwenImagePipeline": ("patch_size", 2)}
-    patches["ZImagePipeline"] = ("all_patch_size", [2])
-    name, wanted = patches.get(pipeline, (None, None))
+    others = {"QwenImagePipeline": ("patch_size", 2), "ZImagePipeline": ("all_patch_size", [2])}
+    name, wanted = others.get(pipeline, ("patch_size", 1) if rules.packs else (None, None))
     if name and config.get(name, wanted) not in (wanted, [wanted]):
         raise UserError(f"--transformer_config: {name} must be {wanted}, as {pipeline} counts on, not {config[name]}.")
 
@@ -347,10 +356,11 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
     """The resolution fits VAE and denoiser. Sets it if it is not given, and `latent_size`, the latents' side."""
     encoder, _, default, _ = VAES[vae_config["_class_name"]]
     factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
-    if factor != 8 and pipeline in ("Lumina2Pipeline", "HunyuanDiTPipeline"):
+    rules = PIPELINES.get(pipeline, Rules())
+    if rules.factor not in (None, factor):
         raise UserError(
-            f"the VAE makes a position of {factor} x {factor} pixels, and {pipeline} counts on 8 x 8: give another "
-            "one with --pretrained_vae_model_name_or_path."
+            f"the VAE makes a latent of {factor} x {factor} pixels, and {pipeline} counts on {rules.factor} x "
+            f"{rules.factor}: give another one with --pretrained_vae_model_name_or_path."
         )
     made_for = denoiser_config.get("sample_size") if pipeline in CLASS_CONDITIONAL else None
     if args.resolution is None:
@@ -360,9 +370,7 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
         args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
     patch = factor
     if denoiser_of(pipeline) == "transformer":
-        default = 2 if pipeline in ("AuraFlowPipeline", "Lumina2Pipeline") else 1
-        packs = pipeline in (*PACKED, "ZImagePipeline")
-        patch *= 2 if packs else denoiser_config.get("patch_size", default)
+        patch *= rules.patch or denoiser_config.get("patch_size", 1)
     if args.resolution % patch:
         nearest = max(1, round(args.resolution / patch)) * patch
         what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
@@ -383,7 +391,6 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
         )
 
 
-NEED_FLOW = (*READS_SHIFT, "SanaPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "AuraFlowPipeline")
 FLOW_FLAGS = "--weighting_scheme --logit_mean --logit_std --mode_scale".split()
 DDPM_FLAGS = "--rescale_betas_zero_snr --timestep_bias_strategy".split()
 
@@ -399,7 +406,7 @@ def check_schedule(args, pipeline, scheduler_config):
     saved = scheduler_config.get("prediction_type", "epsilon")
     if "FlowMatch" in scheduler_config.get("_class_name", "") or saved == "flow_prediction":
         saved = "flow_prediction"
-    if pipeline in NEED_FLOW and saved != "flow_prediction":
+    if PIPELINES.get(pipeline, Rules()).flow and saved != "flow_prediction":
         raise UserError(
             f"the scheduler in --pretrained_model_name_or_path is a {scheduler_config.get('_class_name')} without "
             f"flow matching, which {pipeline} needs: give a model with its own, FlowMatchEulerDiscreteScheduler."

@@ -23,8 +23,9 @@ from model_families import find_family
 
 ROOT = Path(arguments.__file__).parent
 CONFIGS = ROOT / "transformer_configs"
-LATER = ("Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT")
-SHIFTED = ("ZImage", "Lumina2")  # of these, families whose VAE has a shift
+LATER = ("Chroma", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT")
+SHIFTED = ("Chroma", "ZImage", "Lumina2")  # of these, families whose VAE has a shift
+PACKED = ("Chroma", "Flux2Klein", "QwenImage")  # whose transformers have a channel for each of 2 x 2 latents
 BNB = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
@@ -33,6 +34,12 @@ def flags_of(script):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "parse_and_check", lambda parser, argv: parser)
         return set(script.parse_args()._option_string_actions) - {"-h", "--help"}
+
+
+def flags_defaults(script):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "parse_and_check", lambda parser, argv: parser)
+        return script.parse_args()._defaults
 
 
 @pytest.fixture(scope="session")
@@ -206,6 +213,15 @@ def test_patches_and_packing_take_twice_the_factor_of_the_vae(parse, refuse):
 # Models
 
 
+def test_every_pipeline_has_its_rules():
+    known = flags_defaults(train_lpl_dit)["pipelines"]
+    assert set(known) == set(model_checks.PIPELINES)
+    assert set(known) - {"ClassConditionalPipeline"} == {
+        f"{model}Pipeline"
+        for model in ("DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", *LATER)
+    }
+
+
 def test_pipelines_of_other_kinds(parse, refuse, tiny_pipeline, tiny_sd, tmp_path, capsys):
     other = edit_config(tiny_pipeline("Flux"), tmp_path, "model_index.json", _class_name="Flux2Pipeline")
     message = refuse(model=other)
@@ -254,9 +270,7 @@ def test_a_vae_with_another_factor(parse, refuse, tiny_pipeline, tmp_path, famil
     widths = {"block_out_channels": (8, 16, 16, 16, 16)[:levels], "latent_channels": channels}
     words = ["--pretrained_vae_model_name_or_path", vae_of(family, tmp_path / "vae", **widths), "--lpl_num_blocks", 2]
     if family in ("Lumina2", "HunyuanDiT"):
-        sentence = (
-            f"the VAE makes a position of {factor} x {factor} pixels, and {family}Pipeline counts on 8 x 8: give"
-        )
+        sentence = f"the VAE makes a latent of {factor} x {factor} pixels, and {family}Pipeline counts on 8 x 8: give"
         message = refuse(*words, model=family)
         assert sentence in message and "--pretrained_vae_model_name_or_path" in message
         return
@@ -678,7 +692,7 @@ def test_what_the_config_of_a_new_transformer_must_say(parse, refuse, changed, f
 @pytest.mark.parametrize("family", LATER)
 def test_channels_of_a_new_transformer_that_the_vae_lacks(refuse, tiny_pipeline, changed, family):
     channels = channels_of(tiny_pipeline(family))
-    packed = 4 if family in ("Flux2Klein", "QwenImage") else 1
+    packed = 4 if family in PACKED else 1
     message = refuse(*changed(family, in_channels=2 * channels * packed), model=family)
     assert f"the VAE has {channels} latent channels, the transformer takes {2 * channels}: give the VAE" in message
     assert message.endswith(", or change in_channels of --transformer_config.\n")

@@ -22,6 +22,7 @@ import pipeline_class_conditional
 import train_lpl_dit
 from counters import LiveBytes
 from dry_run import gpu_norms
+from model_families import FAMILIES
 from train_utils import Log
 
 
@@ -163,6 +164,7 @@ RUNS = {
     "MM-DiT": ("MM-DiT from scratch", ("--use_ema", *SHORT), EVERYWHERE),
     "FLUX.2 klein LoRA": ("Flux2Klein", (*BF16_LORA, *CACHES, *SHORT, "--gradient_checkpointing"), ("decoder",)),
     "Qwen-Image, all weights": ("QwenImage", ("--lpl_num_blocks", 2), EVERYWHERE),
+    "Chroma LoRA": ("Chroma", (*BF16_LORA, *CACHES, *SHORT), ("decoder",)),
     "Z-Image LoRA": ("ZImage", (*BF16_LORA, *CACHES, *SHORT), ("decoder",)),
     "Lumina-Image 2, all weights": ("Lumina2", (*TEXT_CACHE, *SHORT), ("encoder", "decoder")),
     "AuraFlow LoRA": ("AuraFlow", (*BF16_LORA, *SHORT), EVERYWHERE),
@@ -207,8 +209,13 @@ def test_rms_norms_have_the_precision_of_a_gpus_autocast():  # FLUX has torch's,
 
 # What it needs and leaves
 
-BARE = ("StableDiffusion3", "PixArtAlpha", "Sana", "Flux", "MM-DiT", "Flux2Klein", "QwenImage", "ZImage", "Lumina2")
-BARE += ("AuraFlow", "HunyuanDiT")
+BARE = ("DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", "Chroma", "Flux2Klein", "QwenImage")
+BARE += ("ZImage", "Lumina2", "AuraFlow", "HunyuanDiT", "MM-DiT")
+
+
+def test_every_family_is_here():
+    families = {name.removesuffix("Pipeline") for name, family in FAMILIES.items() if family.denoiser_name != "unet"}
+    assert set(BARE) - {"MM-DiT"} == families - {"ClassConditional"}
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from tiny_models import build_tiny_vae
 from tiny_transformers import CLASSES, _make_responsive, build_tiny_pipeline
 
+import model_families
 import train_lpl_dit
 from arguments import UserError
 from data_utils import build_dataloader, make_stream
@@ -256,12 +257,28 @@ def perturbed(parameters):
     return parameters
 
 
+def test_every_family_is_here():
+    families = {
+        name.removesuffix("Pipeline")
+        for name, family in model_families.FAMILIES.items()
+        if family.denoiser_name != "unet"
+    }
+    assert set(FAMILIES) == families
+    loaders = {
+        name
+        for name in families
+        if hasattr(model_families.FAMILIES[f"{name}Pipeline"].pipeline_class, "load_lora_weights")
+    }
+    assert set(STOCK_LORA) == loaders
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["QwenImage", "ZImage"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if model_families.FAMILIES[f"{name}Pipeline"].ragged])
 def test_captions_of_a_batch_do_not_change_each_other(model_of, data_of, tmp_path, family):
     _, loaded, _ = prepare(model_of(family), data_of(family), tmp_path)
-    channels, timesteps = latent_channels(loaded.vae.config), loaded.timesteps[[100, 300, 500]]
-    latents = torch.randn(3, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = loaded.timesteps[[100, 300, 500]]
+    shape = loaded.scale(torch.zeros(3, latent_channels(loaded.vae.config), 8, 8)).shape
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def predict(captions, samples):
         return loaded.predict(loaded.model, latents[samples], timesteps[samples], loaded.encode_prompts(captions))

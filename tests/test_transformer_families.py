@@ -31,7 +31,7 @@ from tiny_transformers import build_tiny_pipeline
 
 import train_lpl_dit
 from lpl_utils import predict_z0
-from model_families import find_family
+from model_families import FAMILIES, find_family
 from objectives import lpl_share
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
@@ -51,10 +51,21 @@ REPLACED = {  # components
 LABELS = [f"ClassConditional {formulation}" for formulation in SCHEDULERS]
 MODELS = ["DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", *VARIANTS, *REPLACED, *LABELS]
 MODELS += ["Chroma", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow", "HunyuanDiT"]
+FAMILY_NAMES = [name.removesuffix("Pipeline") for name in FAMILIES]
 # Pipelines whose tokens are squares of 2 x 2 positions
 PACKED = ("FluxPipeline", "ChromaPipeline", "QwenImagePipeline")
 # Where what guidance compares with is in a second call; the others put it into the batch
 IN_A_SECOND_CALL = ("Flux", "Chroma", "QwenImage", "Lumina2")
+# Where noise levels come from; a family that is in none of these is not checked
+FIXED_SHIFT = ["StableDiffusion3", "Flux schnell", "ClassConditional flow", "ZImage", "Lumina2", "AuraFlow"]
+SHIFT_BY_RESOLUTION = [  # and the number of steps that show it
+    ("Flux", 1000),
+    ("Chroma", 1000),
+    ("QwenImage", 1000),
+    ("Flux2Klein", 50),
+    ("Lumina2 dynamic", 50),
+]
+NO_FLOW = ["DiT", "PixArtAlpha", "PixArtSigma", "HunyuanDiT"]
 PROMPTS = ["a red fox", "Two Boats at sea, in a caption of more than twenty tokens"]
 
 
@@ -93,6 +104,10 @@ def without_guidance(name):
     if name in ("Flux", "Flux schnell", "QwenImage"):
         return {}
     return {"guidance_scale": 0.0 if name == "ZImage" else 1.0}  # Z-Image counts from 0
+
+
+def takes_a_length(name):
+    return "max_sequence_length" in inspect.signature(stock_pipeline(name).__call__).parameters
 
 
 def stock_pipeline(name):
@@ -281,11 +296,7 @@ def test_dit_drops_no_labels_of_its_own(load):
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", "Flux2Klein", "QwenImage", "ZImage", "Lumina2"]
-    + ["AuraFlow"],
-)
+@pytest.mark.parametrize("name", [name for name in MODELS if name in FAMILY_NAMES and takes_a_length(name)])
 def test_flags_reach_the_transformer_as_the_pipelines_arguments(load, name):
     words, settings = ["--max_sequence_length", 20], {"max_sequence_length": 20, **without_guidance(name)}
     if name == "Flux":
@@ -305,9 +316,15 @@ def test_flags_reach_the_transformer_as_the_pipelines_arguments(load, name):
 # Noise levels
 
 
-@pytest.mark.parametrize(
-    "name", ["StableDiffusion3", "Flux schnell", "ClassConditional flow", "ZImage", "Lumina2", "AuraFlow"]
-)
+def test_every_family_is_here():
+    families = {name.removesuffix("Pipeline") for name, family in FAMILIES.items() if family.denoiser_name != "unet"}
+    assert {name.split()[0] for name in MODELS} == families
+    shifts = [*FIXED_SHIFT, *(name for name, _ in SHIFT_BY_RESOLUTION), *NO_FLOW, "Sana"]  # which has its own test
+    assert {name.split()[0] for name in shifts} == families
+    assert {name.split()[0] for name, _ in VAES} == families
+
+
+@pytest.mark.parametrize("name", FIXED_SHIFT)
 def test_the_noise_levels_of_a_fixed_shift_are_those_of_the_scheduler(load, name):
     family, pipe = load(name)
     theirs = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -317,9 +334,7 @@ def test_the_noise_levels_of_a_fixed_shift_are_those_of_the_scheduler(load, name
 
 
 @pytest.mark.parametrize("resolution", [64, 128])
-@pytest.mark.parametrize(
-    "name, steps", [("Flux", 1000), ("QwenImage", 1000), ("Flux2Klein", 50), ("Lumina2 dynamic", 50)]
-)
+@pytest.mark.parametrize("name, steps", SHIFT_BY_RESOLUTION)
 def test_noise_levels_depend_on_the_resolution_as_in_the_pipeline(load, name, steps, resolution):
     family, pipe = load(name, resolution=resolution)
     # Qwen-Image's sampler stops a little before sigma = 0, which is a matter of its steps.
@@ -418,23 +433,25 @@ def test_the_share_that_lpl_sees_is_that_of_the_noise_levels_below_tau(load):
 # Latents
 
 
-@pytest.mark.parametrize(
-    "name, vae",
-    [
-        ("DiT", {"kind": "AutoencoderTiny", "scaling_factor": 0.7}),
-        ("StableDiffusion3", None),  # AutoencoderKL with a shift
-        ("PixArtSigma", {"kind": "AutoencoderTiny"}),
-        ("Sana", None),  # AutoencoderDC
-        ("Flux", None),
-        ("Flux2Klein", None),
-        ("QwenImage", None),
-        ("ZImage", None),
-        ("Lumina2", {"kind": "AutoencoderTiny"}),
-        ("AuraFlow", None),
-        ("HunyuanDiT", None),
-        ("ClassConditional epsilon", None),
-    ],
-)
+VAES = [
+    ("DiT", {"kind": "AutoencoderTiny", "scaling_factor": 0.7}),
+    ("StableDiffusion3", None),  # AutoencoderKL with a shift
+    ("PixArtSigma", {"kind": "AutoencoderTiny"}),
+    ("Sana", None),  # AutoencoderDC
+    ("Flux", None),
+    ("Flux2Klein", None),
+    ("QwenImage", None),
+    ("ZImage", None),
+    ("Lumina2", {"kind": "AutoencoderTiny"}),
+    ("AuraFlow", None),
+    ("HunyuanDiT", None),
+    ("ClassConditional epsilon", None),
+    ("PixArtAlpha", None),
+    ("Chroma", None),
+]
+
+
+@pytest.mark.parametrize("name, vae", VAES)
 @torch.no_grad()
 def test_the_pipeline_decodes_our_latents_to_what_the_vae_makes_of_its_own(load, name, vae):
     family, pipe = load(name, vae=vae and build_tiny_vae(**vae))
@@ -464,7 +481,7 @@ def test_the_pipeline_decodes_our_latents_to_what_the_vae_makes_of_its_own(load,
         last = pipe._pack_latents(latents, *latents.shape)
     elif name == "Flux2Klein":
         last = pipe._pack_latents(latents)
-    with mock.patch.object(pipe.scheduler, "step", return_value=DDIMSchedulerOutput(prev_sample=last)):
+    with mock.patch.object(pipe.scheduler, "step", return_value=DDIMSchedulerOutput(last, last)):
         drawn = pipe(**settings).images
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-5)
     for image, ours in zip(expected, family.decode_images(latents)):
