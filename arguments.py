@@ -101,15 +101,17 @@ def add_model_arguments(parser, transformers=False):
 def add_data_arguments(parser, labels=False):
     group = parser.add_argument_group("data")
     add = group.add_argument
-    sources = "image folder with metadata.jsonl, .csv or .parquet (file_name and a caption column)"
+    sources = "image folder with metadata.jsonl, .csv or .parquet (file_name and a caption column), or with a text "
+    sources += "file of the same name beside each image"
     if labels:
         sources += ", or for class-conditional models one sub-folder per class"
-    add("--train_data_dir", help=sources)
+    add("--train_data_dir", "--instance_data_dir", help=sources)
     add("--dataset_name", help="Hub id or local folder of a datasets dataset")
     add("--dataset_config_name", help="configuration of that dataset")
     add("--image_column", help="column with the images")
     add("--caption_column", help="column with the captions, strings or lists to choose from; by default text or the "
         "only column that can be meant")
+    add("--instance_prompt", help="caption of all images that have none of their own")
     if labels:
         add("--label_column", help="column with the class labels of class-conditional models, by default label")
     add("--max_train_samples", type=int, help="use this many samples only")
@@ -280,10 +282,6 @@ BUCKETS = "is not there yet: images are cropped to squares of --resolution, at a
 PARTS = "is not needed: leave it out, all tokenizers and text encoders are those of --pretrained_model_name_or_path"
 RANK = "is not needed: leave it out and start with `accelerate launch`, which numbers the processes"
 REFUSED = {
-    "--instance_data_dir": "is --train_data_dir here: a folder of images, with a caption for each in its "
-    "metadata.jsonl",
-    "--instance_prompt": "is not there yet: write it as every image's caption into the metadata.jsonl of "
-    '--train_data_dir, in lines such as {"file_name": "1.jpg", "text": "a photo of sks dog"}',
     **dict.fromkeys(
         "--with_prior_preservation --class_data_dir --class_prompt --num_class_images --prior_loss_weight "
         "--sample_batch_size --prior_generation_precision".split(),
@@ -498,6 +496,8 @@ def check_combinations(args):
             "--hub_token would end up in wandb, which records the command line: log in with `hf auth login` instead, "
             "and leave --hub_token out."
         )
+    if args.instance_prompt is not None and not args.instance_prompt.strip():
+        raise UserError("--instance_prompt is empty: give the caption of the images that have none.")
     if not (args.train_data_dir or args.dataset_name):
         raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
     for first, second in (

@@ -59,25 +59,73 @@ EPOCH_ORDER, CROP_AND_FLIP, CAPTION = range(3)
 # Sources
 
 
-def read_image_folder(train_data_dir, image_column=None, caption_column=None):
-    """Reads a folder laid out as for Hugging Face's ImageFolder: images, in sub-folders too, and metadata files.
+def read_image_folder(train_data_dir, image_column=None, caption_column=None, instance_prompt=None):
+    """Reads a folder of images, in sub-folders too, with captions in metadata files or beside the images.
 
-    A `metadata.jsonl`, `.csv` or `.parquet` has a column `file_name`, relative to its own folder, and captions: in
-    `caption_column`, or else in `text`, or else in the only text column there is. Every row is a sample.
+    A `metadata.jsonl`, `.csv` or `.parquet`, as for Hugging Face's ImageFolder, has a column `file_name`, relative to
+    its own folder, and captions: in `caption_column`, or else in `text`, or else in the only text column there is.
+    Every row is a sample. Without metadata every image is one, and its caption is in the text file of the same name
+    (`cat.txt` for `cat.jpg`). `instance_prompt` is the caption of all samples that have none.
 
     Returns: a list of (path, caption), sorted by path. Raises `UserError` for whatever is missing or malformed.
     """
     images, rows = _read_folder(train_data_dir, image_column)
     if not rows:
-        raise UserError(
-            f"--train_data_dir {train_data_dir} has no captions; write a metadata.jsonl there with one line per image "
-            'such as {"file_name": "cat.jpg", "text": "a cat on a sofa"}.'
-        )
-    caption_column = _choose_caption_column([row for _, row in rows], caption_column)
-    samples = _join(rows, caption_column)
+        if caption_column is not None:
+            raise UserError(
+                f"--caption_column {caption_column} does not apply to --train_data_dir {train_data_dir}, which has no "
+                "metadata file; leave the flag out, or add the metadata."
+            )
+        return _read_text_files(train_data_dir, sorted(images), instance_prompt)
+    if caption_column is not None or instance_prompt is None or _text_columns([row for _, row in rows]):
+        caption_column = _choose_caption_column([row for _, row in rows], caption_column)
+    samples = _fill(_join(rows, caption_column), instance_prompt)
     _check_captions(samples, caption_column)
     _warn_of_unused(images, samples, train_data_dir)
     return sorted(samples, key=lambda sample: sample[0])
+
+
+def _read_text_files(train_data_dir, images, instance_prompt):
+    """Images with the captions that lie beside them."""
+    samples = [(path, _read_caption(os.path.splitext(path)[0] + ".txt")) for path in images]
+    without = [path for path, caption in samples if _is_blank(caption)]
+    if without and instance_prompt is None:
+        if len(without) == len(samples):
+            raise UserError(
+                f"--train_data_dir {train_data_dir} has no captions; write a metadata.jsonl there with one line per "
+                'image such as {"file_name": "cat.jpg", "text": "a cat on a sofa"}, or a text file beside each image '
+                "(cat.txt for cat.jpg), or give --instance_prompt, which is for all."
+            )
+        raise UserError(
+            f"{len(without)} of the images in --train_data_dir {train_data_dir} have no caption in a text file beside "
+            f"them (first: {without[0]}); write these, or give --instance_prompt for those that have none."
+        )
+    return _fill(samples, instance_prompt)
+
+
+def _read_caption(path):
+    """What a text file says, in one line; None if there is no such file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return " ".join(file.read().split())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a caption ({_reason(error)}); save it as UTF-8 text.") from None
+
+
+def _fill(samples, instance_prompt):
+    """Samples whose missing captions are `instance_prompt`."""
+    if instance_prompt is None:
+        return samples
+    without = sum(_is_blank(caption) for _, caption in samples)
+    if 0 < without < len(samples):
+        logger.warning(f"{without} of the {len(samples)} images have no caption and get that of --instance_prompt.")
+    return [(path, instance_prompt if _is_blank(caption) else caption) for path, caption in samples]
+
+
+def _is_blank(caption):
+    return caption is None or isinstance(caption, str) and not caption.strip()
 
 
 def read_class_folder(train_data_dir, image_column=None, label_column=None, class_ids=None):
@@ -227,10 +275,14 @@ def _columns(rows):
     return list(dict.fromkeys(name for row in rows for name in row if name != "file_name"))
 
 
+def _text_columns(rows):
+    return [name for name in _columns(rows) if any(isinstance(row.get(name), (str, list)) for row in rows)]
+
+
 def _choose_caption_column(rows, caption_column):
     columns = _columns(rows)
     if caption_column is None:
-        texts = [name for name in columns if any(isinstance(row.get(name), (str, list)) for row in rows)]
+        texts = _text_columns(rows)
         caption_column = texts[0] if len(texts) == 1 and "text" not in columns else "text"
     if caption_column not in columns:
         raise UserError(
@@ -323,10 +375,11 @@ class HubSamples:
 
     dataset: object  # datasets.Dataset whose image column is not decoded
     image_column: str
-    caption_column: str
+    caption_column: str | None
     rows: np.ndarray  # [N] int64, the rows that are used
     labels: np.ndarray | None = None  # int64, the class labels of all rows of the dataset, in place of captions
     names: dict = field(default_factory=dict)  # {label: class name}
+    instance_prompt: str | None = None  # the caption of rows that have none
 
     def __len__(self):
         return len(self.rows)
@@ -334,13 +387,22 @@ class HubSamples:
     def captions(self):
         if self.labels is not None:
             return self.labels[self.rows].tolist()
-        return self.dataset.select_columns([self.caption_column]).select(self.rows)[self.caption_column]
+        if self.caption_column is None:
+            return [self.instance_prompt] * len(self.rows)
+        captions = self.dataset.select_columns([self.caption_column]).select(self.rows)[self.caption_column]
+        return [self._filled(caption) for caption in captions]
+
+    def _filled(self, caption):
+        return self.instance_prompt if self.instance_prompt is not None and _is_blank(caption) else caption
 
     def __getitem__(self, index):
         number = int(self.rows[index])
         row = self.dataset[number]
         image = row[self.image_column] or {"bytes": None, "path": None}
-        caption = row[self.caption_column] if self.labels is None else int(self.labels[number])
+        if self.labels is not None:
+            caption = int(self.labels[number])
+        else:
+            caption = self._filled(row[self.caption_column] if self.caption_column else None)
         return image["bytes"] or image["path"] or b"", caption
 
 
@@ -353,10 +415,12 @@ def read_hub_dataset(
     cache_dir=None,
     label_column=None,
     class_ids=None,
+    instance_prompt=None,
 ):
     """Opens the split `train` of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
 
-    Without flags the columns are `image` and `text` if there, else the first column and the first of the others. With
+    Without flags the columns are `image` and `text` if there, else the first column and the first of the others.
+    `instance_prompt` is the caption of rows that have none, and of all if there is no column `text`. With
     `label_column` a sample has a class label in place of a caption: the column's integer, or its name's in
     `class_ids`, {name: label} of the pretrained model, if the column holds names and all are there.
 
@@ -376,10 +440,13 @@ def read_hub_dataset(
     columns = dataset.column_names
     image_column = image_column or ("image" if "image" in columns else columns[0])
     others = [name for name in columns if name != image_column]
+    caption_given = caption_column is not None
     column_flag = "--caption_column" if label_column is None else "--label_column"
     caption_column = label_column or caption_column or ("text" if "text" in others else next(iter(others), "text"))
+    if label_column is None and not caption_given and instance_prompt is not None and "text" not in others:
+        caption_column = None
     for flag, column in (("--image_column", image_column), (column_flag, caption_column)):
-        if column not in columns:
+        if column is not None and column not in columns:
             raise UserError(
                 f"--dataset_name {dataset_name} has no column {column} for {flag}; choose one that is there: "
                 f"{', '.join(columns)}."
@@ -391,10 +458,15 @@ def read_hub_dataset(
             f"column {image_column} of --dataset_name {dataset_name} does not hold images; choose one that does with "
             f"--image_column: {', '.join(columns)}."
         ) from None
+    rows = np.arange(len(dataset))
+    samples = HubSamples(dataset, image_column, caption_column, rows, instance_prompt=instance_prompt)
+    if caption_column is None:
+        return samples
     batches = dataset.select_columns([caption_column]).iter(batch_size=1000)
     captions = itertools.chain.from_iterable(batch[caption_column] for batch in batches)
-    samples = HubSamples(dataset, image_column, caption_column, np.arange(len(dataset)))
     if label_column is None:
+        if instance_prompt is not None:
+            captions = map(samples._filled, captions)
         _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
         return samples
     feature, values = dataset.features[label_column], list(captions)
@@ -738,7 +810,8 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
 def read_folder(args):
     """The samples of --train_data_dir, checked: see `check_images`. Adds to `args.id2label` of class labels."""
     if args.num_classes is None:
-        samples = read_image_folder(args.train_data_dir, args.image_column, args.caption_column)
+        columns = (args.image_column, args.caption_column)
+        samples = read_image_folder(args.train_data_dir, *columns, args.instance_prompt)
     else:
         columns = (args.image_column, args.label_column)
         samples, names = read_class_folder(args.train_data_dir, *columns, class_ids=class_ids(args))
@@ -761,6 +834,8 @@ def make_stream(args):
         columns = {"image_column": args.image_column, "caption_column": args.caption_column}
         if args.num_classes is not None:
             columns |= {"label_column": args.label_column or "label", "class_ids": class_ids(args)}
+        else:
+            columns["instance_prompt"] = args.instance_prompt
         samples = read_hub_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir)
         if args.num_classes is not None:
             _add_classes(args, samples, samples.names)

@@ -309,7 +309,8 @@ def lands(args, flag, example):
     values = [value_of(word) for word in example] or [True]
     if flag == "--resume_from_checkpoint":  # latest, and there is none yet
         values = [None]
-    return getattr(args, flag.removeprefix("--")) in (values[0], values)
+    name = {"--instance_data_dir": "train_data_dir"}.get(flag, flag.removeprefix("--"))
+    return getattr(args, name) in (values[0], values)
 
 
 def value_of(word):
@@ -357,7 +358,7 @@ def test_exactly_these_flags_of_the_diffusers_scripts_are_refused(folder, all_in
         "--weighting_scheme --logit_mean --logit_std --mode_scale --guidance_scale --max_sequence_length --offload "
         "--bnb_quantization_config_path --upcast_before_saving "
         # DreamBooth's and one family's; the rest of REFUSED are flags here, see test_arguments_dit.py
-        "--instance_data_dir --instance_prompt --with_prior_preservation --class_data_dir --class_prompt "
+        "--with_prior_preservation --class_data_dir --class_prompt "
         "--num_class_images --prior_loss_weight --sample_batch_size --prior_generation_precision --repeats "
         "--text_encoder_lr --precondition_outputs --lora_blocks --final_validation_prompt --complex_human_instruction "
         "--enable_vae_tiling --do_fp8_training --text_encoder_out_layers --remote_text_encoder --fsdp_text_encoder "

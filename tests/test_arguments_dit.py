@@ -573,7 +573,7 @@ def test_exactly_these_flags_of_the_other_scripts_are_refused(accepts):
         "--input_perturbation --dream_training --dream_detail_preservation --non_ema_revision --debug_loss "
         "--enable_xformers_memory_efficient_attention --enable_npu_flash_attention --local_rank --local-rank "
         # DreamBooth's
-        "--instance_data_dir --instance_prompt --with_prior_preservation --class_data_dir --class_prompt "
+        "--with_prior_preservation --class_data_dir --class_prompt "
         "--num_class_images --prior_loss_weight --sample_batch_size --prior_generation_precision --repeats "
         "--train_text_encoder --text_encoder_lr --adam_weight_decay_text_encoder --precondition_outputs --lora_blocks "
         "--upcast_before_saving --final_validation_prompt --aspect_ratio_buckets --use_aspect_ratio_buckets "
@@ -608,7 +608,8 @@ def test_what_is_refused_is_known_elsewhere():
 def test_the_defaults_are_those_of_the_other_scripts_but_for_these(parse, sd3, script, model, other):
     args = parse(model=sd3 if model == "StableDiffusion3" else model, resolution=None)
     defaults = {flag: entry["default"] for flag, entry in DIFFUSERS[script].items()}
-    for flag in ("--pretrained_model_name_or_path", "--train_data_dir", "--output_dir", "--report_to"):
+    folders = ("--train_data_dir", "--instance_data_dir", "--output_dir")
+    for flag in ("--pretrained_model_name_or_path", *folders, "--report_to"):
         defaults.pop(flag, None)
     ours = {flag: getattr(args, flag.removeprefix("--")) for flag in flags_of(train_lpl_dit) & set(defaults)}
     always = {"--image_column", "--validation_epochs"}  # found in the data; 500 steps instead

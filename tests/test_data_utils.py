@@ -373,6 +373,47 @@ def test_images_without_a_row_are_counted_in_one_warning(folder, caplog):
     assert "9 of the images" in caplog.text and "0.png" in caplog.text and "hidden" not in caplog.text
 
 
+@pytest.fixture
+def captioned(folder):
+    """The folder with text files in the place of metadata: of the ten images, 3.png has an empty one, 7.png none."""
+    (folder / "metadata.jsonl").unlink()
+    for number in range(10):
+        if number != 7:
+            text = "" if number == 3 else f"  photo {number},\n of a cat \n"
+            (folder / f"{number}.txt").write_text(text, encoding="utf-8-sig" if number == 1 else "utf-8")
+    (folder / "notes.txt").write_text("of no image")
+    return folder
+
+
+def test_captions_lie_beside_the_images(captioned, caplog):
+    with pytest.raises(UserError, match="2 of the images in --train_data_dir .* have no caption .*first: .*3.png.*; "):
+        read_image_folder(str(captioned))
+    samples = read_image_folder(str(captioned), instance_prompt="sks cat")
+    named = {3: "sks cat", 7: "sks cat"}
+    expected = [(str(captioned / f"{i}.png"), named.get(i, f"photo {i}, of a cat")) for i in range(10)]
+    assert samples == expected
+    assert "2 of the 10 images have no caption and get that of --instance_prompt" in caplog.text
+    (captioned / "3.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="3.txt cannot be read as a caption .*; save it as UTF-8 text."):
+        read_image_folder(str(captioned), instance_prompt="sks cat")
+    with pytest.raises(UserError, match="--caption_column text does not apply to --train_data_dir"):
+        read_image_folder(str(captioned), caption_column="text")
+
+
+def test_one_prompt_for_all(folder, caplog):
+    write_jsonl(folder / "metadata.jsonl", [{"file_name": "1.png", "score": 3}, {"file_name": "2.png"}])
+    names = ["1.png", "2.png"]
+    assert read_image_folder(str(folder), instance_prompt="a") == [(str(folder / name), "a") for name in names]
+    rows = [{"file_name": "1.png", "text": " "}, {"file_name": "2.png", "text": ["x"]}]
+    write_jsonl(folder / "metadata.jsonl", rows)
+    samples = read_image_folder(str(folder), instance_prompt="a")
+    assert samples == [(str(folder / "1.png"), "a"), (str(folder / "2.png"), ["x"])]
+    (folder / "metadata.jsonl").unlink()
+    caplog.clear()
+    assert {caption for _, caption in read_image_folder(str(folder), instance_prompt="a")} == {"a"}
+    assert not caplog.text  # it was asked for
+
+
 METADATA_ERRORS = {
     "no rows": ("", "--train_data_dir .*has no captions; write a metadata.jsonl .*file_name"),
     "not json": ('{"file_name": "1.png", "text": "a"}\n{oops\n', "row 2 of .*metadata.jsonl cannot be read .*correct"),
@@ -530,6 +571,15 @@ def test_dataset_columns_are_found_chosen_or_listed(dataset, tmp_path):
         read(caption_column="label")
     with pytest.raises(UserError, match="has no column text for --caption_column"):
         read(["image"])
+
+    for columns, flags, captions in (
+        (["image"], {}, ["sks"] * 6),
+        (["image", "label"], {}, ["sks"] * 6),
+        (None, {}, [f"photo {number}" for number in range(6)]),
+        (None, {"caption_column": "holes"}, ["a", "sks", "sks", "b", "c", "d"]),
+    ):
+        samples = read(columns, instance_prompt="sks", **flags)
+        assert samples.captions() == captions and [samples[i][1] for i in range(6)] == captions
 
 
 def test_a_dataset_that_is_not_there_is_one_sentence(dataset, tmp_path, monkeypatch):
