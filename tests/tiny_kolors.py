@@ -7,34 +7,25 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from diffusers import EulerDiscreteScheduler, KolorsPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, KolorsPipeline
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
-from tiny_models import WORDS, build_tiny_vae
+from tiny_models import WORDS, build_tiny_unet, build_tiny_vae
 
 
 VOCABULARY = 64  # of the sentencepiece model; nine special tokens follow
 
 
-def build_tiny_kolors(folder, seed=0, vae=None, unet_channels=(8, 16), sample_size=8):
-    """Saves a stock KolorsPipeline with random weights into `folder` and returns its path.
-
-    sample_size: side of the latents; images are 8 times as large. vae: takes the place of the tiny one.
-    """
+def build_tiny_kolors(folder, seed=0):
+    """Saves a stock KolorsPipeline with random weights, for images of 64 pixels, into `folder`; returns its path."""
     noise = {"beta_start": 0.00085, "beta_end": 0.014, "beta_schedule": "scaled_linear", "num_train_timesteps": 1100}
-    vae = vae or build_tiny_vae(seed=seed, scaling_factor=0.13025)
+    vae = build_tiny_vae(seed=seed, scaling_factor=0.13025)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=sample_size,
-            in_channels=vae.config.latent_channels,
-            out_channels=vae.config.latent_channels,
-            block_out_channels=unet_channels,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=4,
-            norm_num_groups=4,
+        unet = build_tiny_unet(
+            vae.config.latent_channels,
+            (8, 16),
+            sample_size=8,
             cross_attention_dim=16,
             encoder_hid_dim=24,  # what ChatGLM returns, projected to what the attention layers take
             encoder_hid_dim_type="text_proj",
@@ -48,7 +39,7 @@ def build_tiny_kolors(folder, seed=0, vae=None, unet_channels=(8, 16), sample_si
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=_chatglm_tokenizer(Path(scratch)),
-            unet=unet.eval(),
+            unet=unet,
             scheduler=EulerDiscreteScheduler(**noise, steps_offset=1, timestep_spacing="leading"),
             force_zeros_for_empty_prompt=False,
         )

@@ -164,7 +164,6 @@ def build_tiny_sd(
         PNDMScheduler,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
-        UNet2DConditionModel,
     )
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -182,21 +181,10 @@ def build_tiny_sd(
         conditioning |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=sample_size,
-            in_channels=vae.config.latent_channels,
-            out_channels=vae.config.latent_channels,
-            block_out_channels=unet_channels,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=4,
-            norm_num_groups=4,
-            **conditioning,
-        )
+        unet = build_tiny_unet(vae.config.latent_channels, unet_channels, sample_size, **conditioning)
         text_encoder = _text_encoder(CLIPTextModel, width=16)
         second = _text_encoder(CLIPTextModelWithProjection, width=24) if xl else None
-    components = {"vae": vae, "text_encoder": text_encoder, "unet": unet.eval(), "scheduler": noise_scheduler}
+    components = {"vae": vae, "text_encoder": text_encoder, "unet": unet, "scheduler": noise_scheduler}
     components |= {"tokenizer": build_tiny_tokenizer(), "feature_extractor": None}
     if xl:
         pipeline = StableDiffusionXLPipeline(text_encoder_2=second, tokenizer_2=build_tiny_tokenizer(), **components)
@@ -204,6 +192,24 @@ def build_tiny_sd(
         pipeline = StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **components)
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def build_tiny_unet(channels, block_out_channels, sample_size, **conditioning):
+    """A random UNet of two levels, in eval mode; the coarse one has cross-attention."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=block_out_channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **conditioning,
+    ).eval()
 
 
 def _text_encoder(model_class, width):
