@@ -269,7 +269,13 @@ class Family:
         else:
             inputs = self.denoiser_inputs(noisy_latents, **conditioning)
         inputs[self.timestep_name] = self.scale_timesteps(timesteps).to(self.device, non_blocking=True)
-        output = model(self.to_tokens(noisy_latents), **inputs, return_dict=False)[0]
+        try:
+            output = model(self.to_tokens(noisy_latents), **inputs, return_dict=False)[0]
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            if self.args.transformer_config is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--transformer_config: this transformer can't work in the pipeline: {reason}") from error
         return self.from_tokens(output, noisy_latents)
 
     def scale_timesteps(self, timesteps):

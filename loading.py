@@ -22,9 +22,12 @@ def load(model_class, name, flag, method="from_pretrained", **kwargs):
     """Load from a folder or the Hub; what goes wrong there is the user's to mend, in one sentence."""
     try:
         return getattr(model_class, method)(name, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{flag} {name} can't be loaded ({reason}): give a folder or a Hub id in reach.") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        remedy = "give a folder or a Hub id in reach"
+        if "no file named" in reason and not kwargs.get("variant"):
+            remedy += ", or --variant fp16 if it has weights of that kind alone"
+        raise UserError(f"{flag} {name} can't be loaded ({reason}): {remedy}.") from error
 
 
 def load_part(args, part, dtype=None):

@@ -146,6 +146,10 @@ def check_model_folders(args):
             file = needed.get(part.removesuffix("_2").removesuffix("_3"))
             if file is not None:
                 read_json(Path(name) / part / file, flag)
+        if index.get("_class_name") == "KolorsPipeline":
+            read_json(Path(name) / "text_encoder" / "config.json", flag)
+            if not (Path(name) / "tokenizer" / "tokenizer.model").is_file():
+                raise UserError(f"{flag}: there is no {Path(name) / 'tokenizer' / 'tokenizer.model'}; {REMEDY}.")
         denoiser = "unet" if "unet" in index else "transformer"
         denoiser_config = args.transformer_config or read_json(Path(name) / denoiser / "config.json", flag)
         scheduler_config = read_json(Path(name) / "scheduler" / "scheduler_config.json", flag)
@@ -160,7 +164,10 @@ def vae_folder(name):
     return Path(name) / "vae" if (Path(name) / "model_index.json").exists() else Path(name)
 
 
-def read_json(path, flag, remedy="give a Hub id or the folder of a saved model"):
+REMEDY = "give a Hub id or the folder of a saved model"
+
+
+def read_json(path, flag, remedy=REMEDY):
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
@@ -217,14 +224,17 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         )
     if pipeline == "HunyuanDiTPipeline":
         check_unused(args, ["--gradient_checkpointing"], f"{pipeline}, whose transformer has none")
-    longest = PIPELINES.get(pipeline, Rules()).longest
+    if pipeline == "QwenImagePipeline" and denoiser_config.get("guidance_embeds"):
+        raise UserError("the transformer has guidance_embeds, which is not there for Qwen-Image: give one without.")
+    if pipeline in ("SanaPipeline", "Lumina2Pipeline") and "" in (args.validation_prompts or ()):
+        raise UserError(f"--validation_prompts: to {pipeline} an empty prompt is a negative one: name something.")
+    longest = room_for_text(pipeline, denoiser_config)
     if longest == 0:
         check_unused(args, ["--max_sequence_length"], f"{pipeline}, whose text embeddings have a fixed length")
-    elif (args.max_sequence_length or 0) > longest:
-        raise UserError(
-            f"--max_sequence_length {args.max_sequence_length}: {pipeline} draws with at most {longest}, give that or "
-            "less."
-        )
+    length = args.max_sequence_length or {"Lumina2Pipeline": 256, "ZImagePipeline": 512}.get(pipeline, 0)
+    if length > longest:
+        name = f"--max_sequence_length {length}" + ("" if args.max_sequence_length else " (the default)")
+        raise UserError(f"{name}: {pipeline} draws with at most {longest:g}, give that or less.")
     if args.proportion_empty_prompts is None:
         args.proportion_empty_prompts = 0.1 if labels else 0.0
 
@@ -246,7 +256,7 @@ class Rules(NamedTuple):
 
     vaes: tuple = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny")  # those that it can sample with
     shift: bool | None = None  # reads the VAE's shift_factor (True), or samples as if there were none (False)
-    flow: bool = False  # samples by flow matching alone
+    flow: bool | None = False  # samples by flow matching, or (None) can do both
     packs: bool = False  # makes one token, and its channels, of 2 x 2 latents
     patch: int | None = None  # side of a token in latents; by default the transformer's patch_size
     factor: int | None = None  # side of a latent in pixels, if that is fixed
@@ -263,16 +273,31 @@ PIPELINES = {
     "ChromaPipeline": PACKED,
     "Flux2KleinPipeline": Rules(vaes=("AutoencoderKLFlux2",), flow=True, packs=True, patch=2),
     "QwenImagePipeline": Rules(vaes=("AutoencoderKLQwenImage",), flow=True, packs=True, patch=2, longest=1024),
-    "ZImagePipeline": SHIFTED._replace(patch=2, longest=992),
-    "Lumina2Pipeline": SHIFTED._replace(factor=8, longest=299),
+    "ZImagePipeline": SHIFTED._replace(patch=2),
+    "Lumina2Pipeline": SHIFTED._replace(factor=8),
     "AuraFlowPipeline": Rules(shift=False, flow=True),
     "SanaPipeline": Rules(vaes=("AutoencoderDC", "AutoencoderTiny"), shift=False, flow=True),
+    "StableDiffusionPipeline": Rules(),
+    "StableDiffusionXLPipeline": Rules(),
+    "KolorsPipeline": Rules(),
     "PixArtAlphaPipeline": Rules(shift=False, variance=True),
     "PixArtSigmaPipeline": Rules(shift=False, variance=True),
     "HunyuanDiTPipeline": Rules(shift=False, factor=8, longest=0),
     "DiTPipeline": Rules(vaes=ANY_SCALED, shift=False, variance=True),
-    "ClassConditionalPipeline": Rules(vaes=ANY_SCALED),
+    "ClassConditionalPipeline": Rules(vaes=ANY_SCALED, flow=None),
 }
+
+
+def room_for_text(pipeline, denoiser_config):
+    """Text tokens that a pipeline, or its transformer's positions, have room for."""
+    longest, positions = PIPELINES[pipeline].longest, (denoiser_config.get("axes_lens") or [math.inf])[0]
+    if pipeline == "Lumina2Pipeline":  # the image comes after the text
+        return min(longest, positions - 1)
+    if pipeline == "ZImagePipeline":  # the same, and text comes in pieces of 32 tokens
+        return min(longest, (positions - 2) // 32 * 32)
+    return longest
+
+
 # What a new transformer's config must say, as the classes' defaults differ, if it is not all of these
 NEEDED = ("in_channels", "out_channels", "patch_size")
 NEEDED_BY = {"ZImageTransformer2DModel": NEEDED[:1], "HunyuanDiT2DModel": (NEEDED[0], NEEDED[2])}
@@ -293,7 +318,7 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
     vae_class, another = vae_config.get("_class_name"), "another one with --pretrained_vae_model_name_or_path"
     if vae_class not in VAES:
         raise UserError(f"the VAE is a {vae_class}, this script supports {', '.join(VAES)}: give {another}.")
-    rules = PIPELINES.get(pipeline, Rules())
+    rules = PIPELINES[pipeline]
     if vae_class not in rules.vaes:
         raise UserError(f"the VAE is a {vae_class}, which {pipeline} can't sample with: give {another}.")
     channels = latent_channels(vae_config)
@@ -305,6 +330,8 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
             "belongs to the model with --pretrained_vae_model_name_or_path"
             + (", or change in_channels of --transformer_config." if args.transformer_config else ".")
         )
+    if vae_class == "AutoencoderKLQwenImage":
+        check_statistics(vae_config, channels)
     if args.transformer_config:
         check_output(pipeline, denoiser_config, channels)
     shift = vae_config.get("shift_factor")
@@ -329,9 +356,23 @@ def check_vae(args, pipeline, vae_config, denoiser_config):
         )
 
 
+def check_statistics(config, channels):
+    """The mean and deviation that Qwen-Image's VAE has for each channel, and its levels."""
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name, [1] * channels)
+        if not isinstance(values, list) or len(values) != channels or (name == "latents_std" and min(values) <= 0):
+            what = "numbers above 0" if name == "latents_std" else "numbers"
+            raise UserError(f"the VAE's config.json: {name} must be {channels} {what}, one for each channel.")
+    levels = len(config.get("dim_mult", range(4)))
+    if len(config.get("temperal_downsample", range(3))) != levels - 1:
+        raise UserError(
+            f"the VAE's config.json: temperal_downsample must have {levels - 1} values, for {levels} levels."
+        )
+
+
 def check_output(pipeline, config, channels):
     """What a new transformer's config says of its patches and of what it predicts."""
-    rules = PIPELINES.get(pipeline, Rules())
+    rules = PIPELINES[pipeline]
     wanted = channels * (4 if rules.packs and pipeline != "QwenImagePipeline" else 1)  # it packs afterwards
     possible = (wanted, 2 * wanted) if rules.variance else (wanted,)
     given = config.get("out_channels") or wanted
@@ -357,7 +398,7 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
     """The resolution fits VAE and denoiser. Sets it if it is not given, and `latent_size`, the latents' side."""
     encoder, _, default, _ = VAES[vae_config["_class_name"]]
     factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
-    rules = PIPELINES.get(pipeline, Rules())
+    rules = PIPELINES[pipeline]
     if rules.factor not in (None, factor):
         raise UserError(
             f"the VAE makes a latent of {factor} x {factor} pixels, and {pipeline} counts on {rules.factor} x "
@@ -382,13 +423,16 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
             f"--resolution {args.resolution}: DiTPipeline draws at the size its model was made for, "
             f"{made_for * factor} pixels, with a LoRA too: leave it out, or train all weights."
         )
-    largest = denoiser_config.get("pos_embed_max_size")
-    if pipeline == "AuraFlowPipeline":  # it counts both directions
+    name = "axes_lens" if pipeline in ("ZImagePipeline", "Lumina2Pipeline") else "pos_embed_max_size"
+    largest = denoiser_config.get(name)
+    if name == "axes_lens":
+        largest = min((largest or [math.inf])[1:], default=None)
+    elif pipeline == "AuraFlowPipeline":  # it counts both directions
         largest = math.isqrt(largest or 1024)
     if largest and args.resolution > largest * patch:
         raise UserError(
             f"--resolution {args.resolution}: the transformer has positions for {largest * patch} pixels "
-            "(pos_embed_max_size), give that or less."
+            f"({name}), give that or less."
         )
 
 
@@ -398,7 +442,7 @@ DDPM_FLAGS = "--rescale_betas_zero_snr --timestep_bias_strategy".split()
 
 def check_schedule(args, pipeline, scheduler_config):
     """Formulation and noise levels. Sets `prediction_type` of models from scratch and `weighting_scheme`."""
-    timesteps = scheduler_config.get("num_train_timesteps", 1000)
+    timesteps, flag = scheduler_config.get("num_train_timesteps", 1000), "--pretrained_model_name_or_path"
     if args.timestep_bias_strategy == "range" and args.timestep_bias_end > timesteps:
         raise UserError(
             f"--timestep_bias_end {args.timestep_bias_end} must be at most {timesteps}, the number of the model's "
@@ -407,10 +451,18 @@ def check_schedule(args, pipeline, scheduler_config):
     saved = scheduler_config.get("prediction_type", "epsilon")
     if "FlowMatch" in scheduler_config.get("_class_name", "") or saved == "flow_prediction":
         saved = "flow_prediction"
-    if PIPELINES.get(pipeline, Rules()).flow and saved != "flow_prediction":
+    flow, its_own = PIPELINES[pipeline].flow, f"the scheduler in {flag} is a {scheduler_config.get('_class_name')}"
+    if flow and saved != "flow_prediction":
         raise UserError(
-            f"the scheduler in --pretrained_model_name_or_path is a {scheduler_config.get('_class_name')} without "
-            f"flow matching, which {pipeline} needs: give a model with its own, FlowMatchEulerDiscreteScheduler."
+            f"{its_own} without flow matching, which {pipeline} needs: give a model with its own, "
+            "FlowMatchEulerDiscreteScheduler."
+        )
+    if flow is False and "FlowMatch" in scheduler_config.get("_class_name", ""):
+        raise UserError(f"{its_own}, with which {pipeline} can't sample: give a model with its own scheduler.")
+    if pipeline == "AuraFlowPipeline" and scheduler_config.get("use_dynamic_shifting"):
+        raise UserError(
+            f"{its_own} with use_dynamic_shifting, with which {pipeline} can't sample: set it to false in "
+            "scheduler_config.json, and shift to what the noise levels shall be shifted by."
         )
     if not scheduler_config:  # from scratch
         saved = args.prediction_type or ("epsilon" if pipeline == "DiTPipeline" else "flow_prediction")

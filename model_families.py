@@ -167,7 +167,7 @@ class Flux(Family):
         return {"img_ids": image, "txt_ids": torch.zeros(prompt_embeds.shape[1], 3, **settings)}
 
     def scale_timesteps(self, timesteps):
-        return super().scale_timesteps(timesteps) / len(self.timesteps)
+        return super().scale_timesteps(timesteps) / 1000
 
     def to_tokens(self, latents):
         return self.pipe._pack_latents(latents, *latents.shape)
@@ -297,7 +297,7 @@ class Flux2Klein(Family):
         return {"encoder_hidden_states": prompt_embeds, **positions}
 
     def scale_timesteps(self, timesteps):
-        return super().scale_timesteps(timesteps) / len(self.timesteps)
+        return super().scale_timesteps(timesteps) / 1000
 
     def to_tokens(self, latents):
         return self.pipe._pack_latents(latents)
@@ -416,8 +416,7 @@ class ZImage(Family):
         return {"cap_feats": prompt_embeds}
 
     def scale_timesteps(self, timesteps):
-        last = len(self.timesteps)
-        return (last - super().scale_timesteps(timesteps)) / last
+        return (1000 - super().scale_timesteps(timesteps)) / 1000
 
     def to_tokens(self, latents):
         return list(latents.unsqueeze(2).unbind())
@@ -467,7 +466,7 @@ class AuraFlow(Family):
         return {"encoder_hidden_states": prompt_embeds}
 
     def scale_timesteps(self, timesteps):
-        return super().scale_timesteps(timesteps) / len(self.timesteps)
+        return super().scale_timesteps(timesteps) / 1000
 
     def _sample(self, pipe, prompt, **settings):
         mask = torch.ones(1, 1)  # the pipeline wants one and does not read it

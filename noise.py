@@ -49,13 +49,15 @@ def prediction_type(scheduler):
 
 
 def flow_sigmas(scheduler, mu):
-    """The noise levels `[T]` of flow matching, from 1 / T to 1 before the family's own shift: exp(mu) if the scheduler
-    lets it depend on the number of tokens."""
+    """The noise levels `[T]` of flow matching, from 1 / T to 1 before the family's own shift.
+
+    That is exp(mu), or with a linear shift mu, if the scheduler lets it depend on the number of tokens.
+    """
     config = scheduler.config
     sigmas = torch.arange(1, config.num_train_timesteps + 1) / config.num_train_timesteps
     shift = config.get("shift", config.get("flow_shift", 1.0))
     if config.get("use_dynamic_shifting"):
-        shift = math.exp(mu)
+        shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -160,7 +160,9 @@ def make_ema(args, family, parameters, default_decay):
     """A float32 average of the trained parameters; in bf16 a decay near 1 would never move it."""
     decay = default_decay if args.ema_decay is None else args.ema_decay
     device = "cpu" if args.offload_ema else parameters[0].device
-    model = {} if args.use_lora else {"model_cls": type(family.denoiser), "model_config": family.denoiser.config}
+    model = {}
+    if len(parameters) == sum(1 for _ in family.denoiser.parameters()):  # it can be saved as a denoiser of its own
+        model = {"model_cls": type(family.denoiser), "model_config": family.denoiser.config}
     ema = EMAModel(parameters, decay, foreach=args.foreach_ema, **model)
     if not args.dry_run:
         ema.to(device=device, dtype=torch.float32)
@@ -190,8 +192,8 @@ def ema_weights(ema, parameters):
 
 
 def register_checkpoint_models(accelerator, family, ema):
-    """Checkpoints hold what `family.save_weights` writes, and the average: `unet_ema/` or `transformer_ema/`, or with
-    LoRA `ema.bin`."""
+    """Checkpoints hold what `family.save_weights` writes, and the average: `unet_ema/` or `transformer_ema/`, or
+    `ema.bin` if not all weights are trained."""
     average = f"{family.denoiser_name}_ema"
 
     def save(models, weights, folder):

@@ -215,7 +215,7 @@ def test_patches_and_packing_take_twice_the_factor_of_the_vae(parse, refuse):
 
 def test_every_pipeline_has_its_rules():
     known = flags_defaults(train_lpl_dit)["pipelines"]
-    assert set(known) == set(model_checks.PIPELINES)
+    assert {*known, *flags_defaults(train_lpl_sd)["pipelines"]} == set(model_checks.PIPELINES)
     assert set(known) - {"ClassConditionalPipeline"} == {
         f"{model}Pipeline"
         for model in ("DiT", "StableDiffusion3", "PixArtAlpha", "PixArtSigma", "Sana", "Flux", *LATER)
@@ -245,6 +245,61 @@ def test_vaes_of_other_kinds(refuse, tiny_pipeline, tmp_path):
 def test_a_shift_that_the_pipeline_would_forget(refuse, tiny_pipeline, tmp_path, model):
     other = edit_config(tiny_pipeline(model), tmp_path, "vae/config.json", shift_factor=0.1)
     assert f"the VAE has a shift_factor, which {model}Pipeline does not undo" in refuse(model=other)
+
+
+@pytest.mark.parametrize(
+    "model, file, changes, sentence",
+    [
+        (
+            "AuraFlow",
+            "scheduler/scheduler_config.json",
+            {"use_dynamic_shifting": True},
+            "is a FlowMatchEulerDiscreteScheduler with use_dynamic_shifting, with which AuraFlowPipeline can't sample",
+        ),
+        (
+            "HunyuanDiT",
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "is a FlowMatchEulerDiscreteScheduler, with which HunyuanDiTPipeline can't sample: give a model with its",
+        ),
+        ("QwenImage", "transformer/config.json", {"guidance_embeds": True}, "has guidance_embeds, which is not there"),
+        (
+            "QwenImage",
+            "vae/config.json",
+            {"latents_mean": None},
+            "latents_mean must be 4 numbers, one for each channel",
+        ),
+        ("QwenImage", "vae/config.json", {"latents_std": [1, 1, 0, 1]}, "latents_std must be 4 numbers above 0, one"),
+        ("QwenImage", "vae/config.json", {"temperal_downsample": [True]}, "temperal_downsample must have 3 values"),
+        (
+            "Lumina2",
+            "transformer/config.json",
+            {"axes_lens": [64, 512, 512]},
+            "256 (the default): Lumina2Pipeline draws",
+        ),
+        (
+            "ZImage",
+            "transformer/config.json",
+            {"axes_lens": [64, 9, 9]},
+            "512 (the default): ZImagePipeline draws with",
+        ),
+        ("Lumina2", "transformer/config.json", {"axes_lens": [300, 4, 3]}, "has positions for 48 pixels (axes_lens)"),
+    ],
+)
+def test_what_the_models_configs_can_say_wrong(refuse, tiny_pipeline, tmp_path, model, file, changes, sentence):
+    assert sentence in refuse(model=edit_config(tiny_pipeline(model), tmp_path, file, **changes))
+
+
+def test_longer_positions_have_room_for_longer_texts(parse, refuse, tiny_pipeline, tmp_path):
+    model = edit_config(tiny_pipeline("ZImage"), tmp_path, "transformer/config.json", axes_lens=[1536, 512, 512])
+    assert parse("--max_sequence_length", 1504, model=model).max_sequence_length == 1504
+    assert "ZImagePipeline draws with at most 1504" in refuse("--max_sequence_length", 1505, model=model)
+
+
+@pytest.mark.parametrize("model", ["Sana", "Lumina2"])
+def test_an_empty_prompt_that_would_be_a_negative_one(refuse, model):
+    message = refuse("--validation_prompts", "a fox", "", model=model)
+    assert f"--validation_prompts: to {model}Pipeline an empty prompt is a negative one" in message
 
 
 def test_a_vae_of_other_channels(refuse, tmp_path):

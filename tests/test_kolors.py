@@ -1,5 +1,6 @@
 """Kolors, which has SDXL's UNet and another text encoder, in train_lpl_sd.py."""
 
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from tiny_kolors import build_tiny_kolors
 
 import train_lpl_sd
+from arguments import UserError
 from model_families import find_family
 
 
@@ -85,6 +87,25 @@ def draw(pipe):
 def test_the_dry_run_needs_no_weights_of_the_text_encoder(train, kolors, capsys):
     train("--dry_run", "--use_lora", model=kolors)
     assert "KolorsPipeline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.model", "text_encoder/config.json"])
+def test_an_incomplete_folder(kolors, photos, tmp_path, capsys, file):
+    model = shutil.copytree(kolors, tmp_path / "model")
+    (model / file).unlink()
+    flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", photos, "--output_dir", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        train_lpl_sd.parse_args([str(word) for word in flags])
+    assert f"there is no {model / file}; give a Hub id or the folder of a saved model." in capsys.readouterr().err
+
+
+def test_weights_of_one_variant_alone(train, kolors, tmp_path):
+    model = shutil.copytree(kolors, tmp_path / "model")
+    for path in [*model.rglob("*.safetensors")]:
+        path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
+    with pytest.raises(UserError, match="can't be loaded .*, or --variant fp16 if it has weights of that kind alone"):
+        train("--use_lora", model=model, steps=1)
+    train("--use_lora", "--variant", "fp16", *LPL, model=model, steps=1)
 
 
 def test_its_text_encoder_is_not_trained(kolors, photos, tmp_path, capsys):

@@ -314,7 +314,8 @@ def weights(folder):
 
 
 @pytest.mark.parametrize(
-    "family, kind", [("DiT", "full"), ("Flux", "LoRA"), ("PixArtSigma", "LoRA"), ("QwenImage", "LoRA")]
+    "family, kind",
+    [("DiT", "full"), ("QwenImage", "full"), ("Flux", "LoRA"), ("PixArtSigma", "LoRA"), ("QwenImage", "LoRA")],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(train_dit, model_of, data_of, family, kind):
     flags = (*KINDS[kind], *LPL, "--use_ema", "--ema_decay", 0.5, "--random_flip", "--checkpointing_steps", 3)
@@ -473,6 +474,16 @@ def test_a_new_text_model_is_trained_in_the_pipeline_around_it(train_dit, model_
         first, second = (next((folder / part).glob("*.safetensors")) for folder in (model, output))
         first, second = load_file(first), load_file(second)
         assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "family, wrong", [("QwenImage", {"axes_dims_rope": [4, 4, 4]}), ("HunyuanDiT", {"text_len": 9})]
+)
+def test_a_new_transformer_that_can_not_work_is_one_sentence(train_dit, model_of, tmp_path, family, wrong):
+    config = json.loads((model_of(family) / "transformer" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+    with pytest.raises(UserError, match="--transformer_config: this transformer can't work in the pipeline: .*size"):
+        train_dit("--transformer_config", tmp_path / "config.json", model=model_of(family))
 
 
 # Parts that are not as usual

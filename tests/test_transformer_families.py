@@ -32,6 +32,7 @@ from tiny_transformers import build_tiny_pipeline
 import train_lpl_dit
 from lpl_utils import predict_z0
 from model_families import FAMILIES, find_family
+from noise import flow_sigmas
 from objectives import lpl_share
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
@@ -351,6 +352,24 @@ def test_noise_levels_depend_on_the_resolution_as_in_the_pipeline(load, name, st
     torch.testing.assert_close(family.timesteps[among], pipe.scheduler.timesteps.flip(0))
     unshifted = torch.arange(1, 1001) / 1000
     assert (family.sigmas[:-1] > unshifted[:-1] + 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "exponential"])
+def test_dynamic_shifts_are_those_of_the_scheduler(kind):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    scheduler.set_timesteps(sigmas=np.arange(1000, 0, -1) / 1000, mu=0.7)
+    torch.testing.assert_close(flow_sigmas(scheduler, 0.7), scheduler.sigmas[:-1].flip(0))
+
+
+@pytest.mark.parametrize("name", ["Flux", "Flux2Klein", "QwenImage", "ZImage", "Lumina2", "AuraFlow"])
+def test_schedules_of_other_lengths_are_told_as_the_pipeline_tells_them(load, monkeypatch, name):
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    monkeypatch.setitem(REPLACED, f"{name} of 500", {"scheduler": scheduler})
+    family, pipe = load(f"{name} of 500")
+    step = stock_step(pipe, **without_guidance(name))
+    timesteps, ours, _ = training_call(family, step, PROMPTS)
+    assert_same(ours, step.calls[0])
+    torch.testing.assert_close(family.noise_levels(timesteps)[1], step.sigma.expand(2))
 
 
 def test_sanas_noise_levels_are_shifted_by_three(load):
