@@ -112,6 +112,12 @@ def add_data_arguments(parser, labels=False):
     add("--caption_column", help="column with the captions, strings or lists to choose from; by default text or the "
         "only column that can be meant")
     add("--instance_prompt", help="caption of all images that have none of their own")
+    add("--with_prior_preservation", action="store_true", help="also train on images of the class, which the model "
+        "draws itself before it is trained, so that it does not forget what else there is (DreamBooth)")
+    add("--class_data_dir", help="folder with these images; what is missing is drawn into it")
+    add("--class_prompt", help="their caption, such as a photo of a dog")
+    add("--num_class_images", type=int, default=100, help="how many there shall be")
+    add("--prior_loss_weight", type=number, default=1.0, help="weight of their diffusion loss; they have no LPL")
     if labels:
         add("--label_column", help="column with the class labels of class-conditional models, by default label")
     add("--max_train_samples", type=int, help="use this many samples only")
@@ -275,18 +281,13 @@ def add_output_arguments(parser, guidance_scale=None):
 # Flags of the Diffusers scripts that a script here may not have, and what to do instead.
 FLOW = "belongs to flow-matching transformers: here, timesteps are weighted with --snr_gamma and drawn with "
 FLOW += "--timestep_bias_strategy"
-PRIOR = "belongs to prior preservation, which is not there yet: put pictures of the class, with captions, into "
-PRIOR += "--train_data_dir, or change less with --use_lora and a small --rank"
 ENCODER = "is not there: leave it out; --cache_text_embeddings takes the text encoders off the device before training"
 BUCKETS = "is not there yet: images are cropped to squares of --resolution, at a random place or with --center_crop"
 PARTS = "is not needed: leave it out, all tokenizers and text encoders are those of --pretrained_model_name_or_path"
 RANK = "is not needed: leave it out and start with `accelerate launch`, which numbers the processes"
 REFUSED = {
-    **dict.fromkeys(
-        "--with_prior_preservation --class_data_dir --class_prompt --num_class_images --prior_loss_weight "
-        "--sample_batch_size --prior_generation_precision".split(),
-        PRIOR,
-    ),
+    "--sample_batch_size": "is not needed: every process draws the images of --class_data_dir one at a time",
+    "--prior_generation_precision": "is not there: the images of --class_data_dir are drawn in --mixed_precision",
     "--repeats": "is not needed: images come again until --max_train_steps or --num_train_epochs is reached",
     "--text_encoder_lr": "is not there: --learning_rate is for all that is trained",
     "--lora_blocks": "is not there: --lora_layers takes names with their blocks, such as "
@@ -385,14 +386,16 @@ def parse_args(parser, argv=None):
 AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
     "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
-    "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length"
+    "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length "
+    "num_class_images"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
     "lpl_chunk_size max_bad_images dataloader_num_workers seed timestep_bias_begin"
 ).split()
 POSITIVE = (
-    "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm lora_alpha timestep_bias_multiplier logit_std"
+    "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm lora_alpha timestep_bias_multiplier logit_std "
+    "prior_loss_weight"
 ).split()
 BELOW_ONE = "adam_beta1 adam_beta2 prodigy_beta3 ema_decay lora_dropout".split()
 SHARES = "proportion_empty_prompts timestep_bias_portion".split()
@@ -496,6 +499,14 @@ def check_combinations(args):
             "--hub_token would end up in wandb, which records the command line: log in with `hf auth login` instead, "
             "and leave --hub_token out."
         )
+    if args.with_prior_preservation:
+        for name in ("class_data_dir", "class_prompt"):
+            if not (getattr(args, name) or "").strip():
+                raise UserError(f"--with_prior_preservation needs --{name}: add it.")
+    else:
+        for flag in ("--class_data_dir", "--class_prompt", "--num_class_images", "--prior_loss_weight"):
+            if flag in args.given_flags:
+                raise UserError(f"{flag} has no effect without --with_prior_preservation: add it, or leave it out.")
     if args.instance_prompt is not None and not args.instance_prompt.strip():
         raise UserError("--instance_prompt is empty: give the caption of the images that have none.")
     if not (args.train_data_dir or args.dataset_name):

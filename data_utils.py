@@ -54,6 +54,7 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.e
 
 # Every kind of random decision has its own generators: more caption dropout leaves all crops as they were.
 EPOCH_ORDER, CROP_AND_FLIP, CAPTION = range(3)
+PRIOR_POSITION = 2**40  # where the positions of images of the class begin, far from all others
 
 
 # Sources
@@ -642,6 +643,7 @@ class TrainingStream:
     max_bad_images: int = 0
     bad: dict = field(default_factory=dict)  # {name: reason}, as returned by check_images; grows
     cache: list | None = None  # what `cache_latents` made of each sample
+    prior: object | None = None  # the stream of images of the class, for prior preservation
 
     def __post_init__(self):
         if not len(self.samples):
@@ -743,6 +745,7 @@ def cache_latents(stream, encode, share_work):
 def all_captions(stream):
     """Every caption, or class label, that the stream can give."""
     captions = {""} if stream.proportion_empty_prompts else set()
+    captions |= all_captions(stream.prior) if stream.prior is not None else set()
     for caption in labels_of(stream.samples):
         captions |= set(caption) if isinstance(caption, list) else {caption}
     return captions
@@ -761,8 +764,11 @@ class _Batches:
     def __getitem__(self, start):
         import torch
 
+        positions = range(start, start + self.batch_size)
         try:
-            samples = [self.stream[position] for position in range(start, start + self.batch_size)]
+            samples = [self.stream[position] for position in positions]
+            if self.stream.prior is not None:
+                samples += [self.stream.prior[PRIOR_POSITION + position] for position in positions]
         except UserError as error:
             return error
         if self.stream.cache is None:
@@ -776,6 +782,7 @@ class _Batches:
             "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
             "crop_top_lefts": torch.tensor([sample["crop_top_left"] for sample in samples]),
             "bad": {name: reason for sample in samples for name, reason in sample["bad"].items()},
+            "num_instances": self.batch_size,
         }
 
 
@@ -787,7 +794,8 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
 
     A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there, or if they are cached
     posteriors `[B, 2 C, h, w]`; captions, a list of B strings, or of class labels and "" where the label is dropped;
-    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`.
+    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`;
+    num_instances, the batch size, after which with `stream.prior` as many images of the class follow.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -854,6 +862,22 @@ def make_stream(args):
         max_bad_images=args.max_bad_images,
         bad=bad,
     )
+
+
+def class_images(args):
+    """The images that are in --class_data_dir, as samples with the caption --class_prompt."""
+    if not os.path.isdir(args.class_data_dir):
+        return []
+    images, _ = _scan_folder(args.class_data_dir)
+    return [(path, args.class_prompt) for path in sorted(images)]
+
+
+def make_prior_stream(args, stream):
+    """The stream of the first --num_class_images of --class_data_dir; for --dry_run the images themselves will do."""
+    samples, bad = check_images(class_images(args)[: args.num_class_images], args.max_bad_images)
+    if args.dry_run:
+        samples, bad = stream.samples, {}
+    return replace(stream, samples=samples, bad=bad)
 
 
 # Words

@@ -206,7 +206,7 @@ def check_conditioning(args, index, pipeline, denoiser_config):
         args.num_classes = denoiser_config.get("num_classes", denoiser_config.get("num_embeds_ada_norm", 1000))
         if not hasattr(args, "id2label"):  # else the data's names are there already
             args.id2label = {int(label): name for label, name in (index.get("id2label") or {}).items()}
-        captions = ["--caption_column", "--instance_prompt", "--cache_text_embeddings"]
+        captions = ["--caption_column", "--instance_prompt", "--with_prior_preservation", "--cache_text_embeddings"]
         check_unused(args, captions, f"the class labels of {pipeline}")
         check_unused(args, ["--max_sequence_length"], pipeline)
         if pipeline == "DiTPipeline" and args.num_classes != 1000:

@@ -73,6 +73,7 @@ from objectives import calibrate_lpl, loss_weights, lpl_share, lpl_threshold, ma
 from train_utils import (
     DTYPES,
     Log,
+    add_class_images,
     cache,
     create_hub_repo,
     draw,
@@ -119,6 +120,7 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     model_pred = family.predict(model, noisy_latents, timesteps, conditioning)
     target = training_target(latents, noise, alpha, sigma, family.prediction_type)
     losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
+    own = slice(batch["num_instances"])  # what follows are images of the class, for prior preservation
     weights = loss_weights(args, alpha, sigma, family.prediction_type)
     if weights is not None:
         losses = losses * weights.to(losses.device, non_blocking=True)
@@ -128,11 +130,11 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     if lpl is not None:
         lpl_loss, lpl_stats = lpl_term(
             lpl,
-            model_pred,
-            z_t=noisy_latents,
-            z0=latents,
-            alpha=alpha,
-            sigma=sigma,
+            model_pred[own],
+            z_t=noisy_latents[own],
+            z0=latents[own],
+            alpha=alpha[own],
+            sigma=sigma[own],
             prediction_type=family.prediction_type,
             tau=lpl_threshold(args),
             max_samples=max_samples,
@@ -140,7 +142,10 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
         )
         chosen = lpl_stats["chosen"].to(losses.device, non_blocking=True)
         sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
-    return Forward(losses.mean(), lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
+    diffusion_loss = losses[own].mean()
+    if args.with_prior_preservation:
+        diffusion_loss = diffusion_loss + args.prior_loss_weight * losses[own.stop :].mean()
+    return Forward(diffusion_loss, lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
 
 
 def main(args):
@@ -185,6 +190,8 @@ def main(args):
     if use_lpl:
         lpl = make_lpl(args, family.vae, family.unscale)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
+    if args.with_prior_preservation:
+        add_class_images(accelerator, args, family, stream)
     if not args.dry_run:
         cache(accelerator, args, family, stream)
 

@@ -3,6 +3,7 @@
 Nothing here knows of the Latent Perceptual Loss. Functions that all processes must call together say so.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from arguments import UserError, complete_checkpoints
-from data_utils import all_captions, cache_latents
+from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from model_checks import is_folder_name
 
 
@@ -98,12 +99,40 @@ def share_work(accelerator, items, compute, title):
     return results
 
 
+def add_class_images(accelerator, args, family, stream):
+    """Prior preservation: draw what is missing in --class_data_dir, and give the stream its images of the class.
+
+    The processes share the work; interrupted, it is taken up where it ended.
+    """
+    missing = 0 if args.dry_run else max(0, args.num_class_images - len(class_images(args)))
+    if missing:
+        folder = Path(args.class_data_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        there = accelerator.process_index
+        todo = range(args.num_class_images - missing + there, args.num_class_images, accelerator.num_processes)
+        if not args.bnb_quantization_config_path:
+            family.denoiser.to(accelerator.device)
+        family.denoiser.eval()
+        settings = family.size_settings(args.resolution)
+        with family.on_device("decoder"), accelerator.autocast():
+            for i in tqdm(todo, desc="Drawing class images", disable=not accelerator.is_local_main_process):
+                image = family.draw(args.class_prompt, torch.Generator().manual_seed(args.seed + i), **settings)
+                name = f"{i}-{hashlib.sha1(image.tobytes()).hexdigest()[:16]}.png"
+                image.save(folder / f".{name}")
+                os.replace(folder / f".{name}", folder / name)
+        if not args.bnb_quantization_config_path:
+            family.denoiser.to("cpu")  # the caches need the room
+        accelerator.wait_for_everyone()
+    stream.prior = make_prior_stream(args, stream)
+
+
 def cache(accelerator, args, family, stream):
     """Encode ahead what the flags say; all processes share the work, and the encoders leave the device."""
     share = partial(share_work, accelerator)
     if args.cache_latents:
         with torch.no_grad(), family.on_device("encoder"):
-            cache_latents(stream, family.encode_images, share)
+            for images in filter(None, (stream, stream.prior)):
+                cache_latents(images, family.encode_images, share)
         family.place(encoder=False)
     if args.cache_text_embeddings:
         family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
