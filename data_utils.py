@@ -782,7 +782,7 @@ class _Batches:
             "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
             "crop_top_lefts": torch.tensor([sample["crop_top_left"] for sample in samples]),
             "bad": {name: reason for sample in samples for name, reason in sample["bad"].items()},
-            "num_instances": self.batch_size,
+            **({"num_instances": self.batch_size} if self.stream.prior is not None else {}),
         }
 
 
@@ -794,8 +794,8 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
 
     A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there, or if they are cached
     posteriors `[B, 2 C, h, w]`; captions, a list of B strings, or of class labels and "" where the label is dropped;
-    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`;
-    num_instances, the batch size, after which with `stream.prior` as many images of the class follow.
+    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`. With
+    `stream.prior` as many images of the class follow, and num_instances says after how many.
     """
     import torch
     from torch.utils.data import DataLoader
