@@ -499,6 +499,20 @@ def check_combinations(args):
             "--hub_token would end up in wandb, which records the command line: log in with `hf auth login` instead, "
             "and leave --hub_token out."
         )
+    check_prompts(args)
+    if not (args.train_data_dir or args.dataset_name):
+        raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
+    for first, second in (
+        ("train_data_dir", "dataset_name"),
+        ("validation_steps", "validation_epochs"),
+        ("validation_prompts", "validation_prompt"),
+    ):
+        if getattr(args, first) and getattr(args, second):
+            raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
+
+
+def check_prompts(args):
+    """DreamBooth's flags: the prompt of all images, and those of prior preservation."""
     if args.with_prior_preservation:
         for name in ("class_data_dir", "class_prompt"):
             if not (getattr(args, name) or "").strip():
@@ -509,15 +523,6 @@ def check_combinations(args):
                 raise UserError(f"{flag} has no effect without --with_prior_preservation: add it, or leave it out.")
     if args.instance_prompt is not None and not args.instance_prompt.strip():
         raise UserError("--instance_prompt is empty: give the caption of the images that have none.")
-    if not (args.train_data_dir or args.dataset_name):
-        raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
-    for first, second in (
-        ("train_data_dir", "dataset_name"),
-        ("validation_steps", "validation_epochs"),
-        ("validation_prompts", "validation_prompt"),
-    ):
-        if getattr(args, first) and getattr(args, second):
-            raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
 
 
 def check_unused(args, flags, because):
