@@ -441,11 +441,10 @@ def read_hub_dataset(
     columns = dataset.column_names
     image_column = image_column or ("image" if "image" in columns else columns[0])
     others = [name for name in columns if name != image_column]
-    caption_given = caption_column is not None
     column_flag = "--caption_column" if label_column is None else "--label_column"
-    caption_column = label_column or caption_column or ("text" if "text" in others else next(iter(others), "text"))
-    if label_column is None and not caption_given and instance_prompt is not None and "text" not in others:
-        caption_column = None
+    caption_column = label_column or caption_column
+    if caption_column is None and (instance_prompt is None or "text" in others):
+        caption_column = "text" if "text" in others else next(iter(others), "text")
     for flag, column in (("--image_column", image_column), (column_flag, caption_column)):
         if column is not None and column not in columns:
             raise UserError(
@@ -874,9 +873,9 @@ def class_images(args):
 
 def make_prior_stream(args, stream):
     """The stream of the first --num_class_images of --class_data_dir; for --dry_run the images themselves will do."""
-    samples, bad = check_images(class_images(args)[: args.num_class_images], args.max_bad_images)
     if args.dry_run:
-        samples, bad = stream.samples, {}
+        return replace(stream)
+    samples, bad = check_images(class_images(args)[: args.num_class_images], args.max_bad_images)
     return replace(stream, samples=samples, bad=bad)
 
 

@@ -79,7 +79,8 @@ def from_config_without_values(model_class, config, dtype):
 
 def cast(model, dtype):
     """What `from_pretrained` casts: all but the buffers that are not saved."""
-    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in model.state_dict()}
+    saved = model.state_dict().keys()
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
     model.to(dtype)
     for name, buffer in unsaved.items():
         module, _, name = name.rpartition(".")

@@ -260,7 +260,7 @@ class Rules(NamedTuple):
     packs: bool = False  # makes one token, and its channels, of 2 x 2 latents
     patch: int | None = None  # side of a token in latents; by default the transformer's patch_size
     factor: int | None = None  # side of a latent in pixels, if that is fixed
-    longest: float = math.inf  # text tokens that it, or its transformer's positions, have room for; 0: a fixed number
+    longest: float = math.inf  # text tokens that it takes at most; 0: a fixed number
     variance: bool = False  # may leave a predicted variance alone
 
 
@@ -290,12 +290,11 @@ PIPELINES = {
 
 def room_for_text(pipeline, denoiser_config):
     """Text tokens that a pipeline, or its transformer's positions, have room for."""
-    longest, positions = PIPELINES[pipeline].longest, (denoiser_config.get("axes_lens") or [math.inf])[0]
     if pipeline == "Lumina2Pipeline":  # the image comes after the text
-        return min(longest, positions - 1)
+        return denoiser_config.get("axes_lens", [300])[0] - 1
     if pipeline == "ZImagePipeline":  # the same, and text comes in pieces of 32 tokens
-        return min(longest, (positions - 2) // 32 * 32)
-    return longest
+        return (denoiser_config.get("axes_lens", [1024])[0] - 2) // 32 * 32
+    return PIPELINES[pipeline].longest
 
 
 # What a new transformer's config must say, as the classes' defaults differ, if it is not all of these

@@ -103,11 +103,11 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     model_pred = family.predict(model, noisy_latents, timesteps, conditioning)
     target = training_target(latents, noise, alpha, sigma, family.prediction_type)
     losses = (model_pred.float() - target).square().mean((1, 2, 3))  # [B]
-    own = slice(batch.get("num_instances"))  # what follows are images of the class, for prior preservation
     weights = loss_weights(args, alpha, sigma, family.prediction_type)
     if weights is not None:
         losses = losses * weights.to(losses.device, non_blocking=True)
     sample_losses = losses.detach()
+    own = slice(batch.get("num_instances"))  # what follows are images of the class, for prior preservation
 
     lpl_loss, lpl_stats = torch.zeros_like(losses[0]), {}
     if lpl is not None:

@@ -14,6 +14,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import diffusers
@@ -104,12 +105,14 @@ def add_class_images(accelerator, args, family, stream):
 
     The processes share the work; interrupted, it is taken up where it ended.
     """
-    missing = 0 if args.dry_run else max(0, args.num_class_images - len(class_images(args)))
+    there = [Path(path).name for path, _ in class_images(args)]
+    missing = 0 if args.dry_run else max(0, args.num_class_images - len(there))
     if missing:
+        accelerator.wait_for_everyone()  # all have seen the same images before the first one is added
         folder = Path(args.class_data_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        there = accelerator.process_index
-        todo = range(args.num_class_images - missing + there, args.num_class_images, accelerator.num_processes)
+        numbers = (i for i in count() if not any(name.startswith(f"{i}-") for name in there))
+        todo = list(islice(numbers, missing))[accelerator.process_index :: accelerator.num_processes]
         if not args.bnb_quantization_config_path:
             family.denoiser.to(accelerator.device)
         family.denoiser.eval()

@@ -41,8 +41,8 @@ def test_missing_class_images_are_drawn_as_the_stock_pipeline_draws_them(train, 
     output = train(*flags, *LPL, "--use_lora", model=tiny_sd, data=(), steps=2)
     assert len(read_log(output)) == 2
     drawn = sorted(path for path in photos.glob("*.png") if path.name not in kept)
-    assert [path.name.split("-")[0] for path in drawn] == ["3", "4"]  # two of five were missing
-    for i, path in zip((3, 4), drawn):
+    assert [path.name.split("-")[0] for path in drawn] == ["0", "1"]  # two of five were missing
+    for i, path in zip((0, 1), drawn):
         generator = torch.Generator().manual_seed(i)
         expected = pipe(CLASS, height=64, width=64, generator=generator).images[0]
         assert np.abs(np.asarray(Image.open(path), int) - np.asarray(expected, int)).max() <= 1
@@ -50,6 +50,16 @@ def test_missing_class_images_are_drawn_as_the_stock_pipeline_draws_them(train, 
     train(*flags, *LPL, "--use_lora", "--cache_latents", "--center_crop", "--cache_text_embeddings", model=tiny_sd,
           data=(), steps=2, name="again")  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in photos.iterdir()} == before
+
+
+def test_what_an_interrupted_run_has_not_drawn_is_drawn(train, tiny_sd, flags, tmp_path):
+    train(*flags, *LPL, "--use_lora", model=tiny_sd, data=(), steps=1)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    for name in drawn:
+        if name[0] in "13":  # as if one of two processes had been ahead
+            (tmp_path / "class" / name).unlink()
+    train(*flags, *LPL, "--use_lora", model=tiny_sd, data=(), steps=1, name="again")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn and len(drawn) == 5
 
 
 def test_every_batch_has_as_many_images_of_the_class_as_one_s_own(tmp_path):
