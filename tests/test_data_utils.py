@@ -16,24 +16,20 @@ import pytest
 from PIL import Image
 from tiny_models import build_photo_folder, photo_id
 
+import data_sources
 import data_utils
 from arguments import UserError
-from data_utils import (
-    TrainingStream,
-    all_captions,
-    build_dataloader,
-    cache_latents,
+from data_sources import (
     check_images,
     check_labels,
     labels_of,
     limit_samples,
-    load_image,
     read_class_folder,
-    read_folder,
     read_hub_dataset,
     read_image_folder,
-    transform,
 )
+from data_utils import TrainingStream, all_captions, build_dataloader, cache_latents, read_folder
+from images import load_image, open_image, transform
 
 
 def image_with_id(number):
@@ -303,7 +299,7 @@ def test_cmyk_jpeg_keeps_its_colours():
 def test_a_large_photo_is_no_attack(monkeypatch, recwarn):
     assert 200_000_000 < Image.MAX_IMAGE_PIXELS < 500_000_000
     data = encoded(Image.new("1", (10_000, 10_000)), "PNG")  # Pillow's default warns from 89 megapixels on
-    with data_utils._open_image(data) as image:
+    with open_image(data) as image:
         assert image.size == (10_000, 10_000)
     assert not recwarn.list
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond the limit: a bad image like others, not a crash
@@ -475,8 +471,8 @@ def test_errors_about_the_folder_name_the_flag_and_the_remedy(folder, tmp_path):
 
 def test_folders_are_read_without_importing_torch_or_datasets(folder):
     code = f"""
-import sys, data_utils
-samples, bad = data_utils.check_images(data_utils.read_image_folder({str(folder)!r}))
+import sys, data_sources, data_utils
+samples, bad = data_sources.check_images(data_sources.read_image_folder({str(folder)!r}))
 assert data_utils.TrainingStream(samples, 0, 8)[3]["pixel_values"].shape == (3, 8, 8)
 print(len(samples), sorted({{"torch", "datasets", "pyarrow", "diffusers"}} & set(sys.modules)))
 """
@@ -643,9 +639,9 @@ def test_bad_images_are_found_named_and_counted_before_training(folder, caplog, 
 
 
 def test_of_many_images_only_some_are_read_at_start(monkeypatch):
-    monkeypatch.setattr(data_utils, "MAX_CHECKED_IMAGES", 10)
+    monkeypatch.setattr(data_sources, "MAX_CHECKED_IMAGES", 10)
     data, read = encoded(image_with_id(1), "PNG"), []
-    monkeypatch.setattr(data_utils, "_open_image", lambda source: read.append(1) or Image.open(io.BytesIO(source)))
+    monkeypatch.setattr(data_sources, "open_image", lambda source: read.append(1) or Image.open(io.BytesIO(source)))
     for count, at_most in ((10, 10), (11, 10), (99, 10), (3, 3)):
         read.clear()
         assert len(check_images([(data, "x")] * count)[0]) == count

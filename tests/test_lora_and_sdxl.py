@@ -15,7 +15,8 @@ from transformers import CLIPTextModel
 
 import train_lpl_sd
 from arguments import UserError
-from data_utils import cache_latents, load_image, make_stream
+from data_utils import cache_latents, make_stream
+from images import load_image
 from lpl_utils import LatentPerceptualLoss
 from model_families import StableDiffusion
 

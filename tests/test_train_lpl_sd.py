@@ -16,7 +16,8 @@ from tiny_models import build_tiny_sd, build_tiny_vae
 
 import train_lpl_sd
 from arguments import UserError
-from data_utils import TrainingStream, read_image_folder
+from data_sources import read_image_folder
+from data_utils import TrainingStream
 from lpl_utils import LatentPerceptualLoss
 from train_utils import sample_generators
 

@@ -1,0 +1,545 @@
+"""Where images and captions come from: a folder or a `datasets` dataset, as a sequence of samples.
+
+    read_image_folder, read_hub_dataset    samples: (image, caption) pairs
+    read_class_folder, read_hub_dataset    samples: (image, class label) pairs, and the classes' names
+    limit_samples, check_images            fewer samples: `--max_train_samples`, unreadable images
+    labels_of, check_labels                the labels alone, and whether the model has such classes
+
+In a sample, image is a path or the bytes of an image file, and caption a string, a list of strings of which one is
+drawn each time, or for class-conditional models an int, the class label. Torch is not imported: a folder can be read
+and checked before that.
+"""
+
+import csv
+import difflib
+import io
+import itertools
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from arguments import UserError
+from images import IMAGE_ERRORS, IMAGE_EXTENSIONS, open_image, reason
+
+
+logger = logging.getLogger(__name__)
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MAX_CHECKED_IMAGES = 10_000  # read before training; of a larger set, at most so many at even distances
+
+
+def read_image_folder(train_data_dir, image_column=None, caption_column=None, instance_prompt=None):
+    """Reads a folder of images, in sub-folders too, with captions in metadata files or beside the images.
+
+    A `metadata.jsonl`, `.csv` or `.parquet`, as for Hugging Face's ImageFolder, has a column `file_name`, relative to
+    its own folder, and captions: in `caption_column`, or else in `text`, or else in the only text column there is.
+    Every row is a sample. Without metadata every image is one, and its caption is in the text file of the same name
+    (`cat.txt` for `cat.jpg`). `instance_prompt` is the caption of all samples that have none.
+
+    Returns: a list of (path, caption), sorted by path. Raises `UserError` for whatever is missing or malformed.
+    """
+    images, rows = _read_folder(train_data_dir, image_column)
+    if not rows:
+        if caption_column is not None:
+            raise UserError(
+                f"--caption_column {caption_column} does not apply to --train_data_dir {train_data_dir}, which has no "
+                "metadata file; leave the flag out, or add the metadata."
+            )
+        return _read_text_files(train_data_dir, sorted(images), instance_prompt)
+    if caption_column is not None or instance_prompt is None or _text_columns([row for _, row in rows]):
+        caption_column = _choose_caption_column([row for _, row in rows], caption_column)
+    samples = _fill(_join(rows, caption_column), instance_prompt)
+    _check_captions(samples, caption_column)
+    _warn_of_unused(images, samples, train_data_dir)
+    return sorted(samples, key=lambda sample: sample[0])
+
+
+def _read_text_files(train_data_dir, images, instance_prompt):
+    """Images with the captions that lie beside them."""
+    samples = [(path, _read_caption(os.path.splitext(path)[0] + ".txt")) for path in images]
+    without = [path for path, caption in samples if _is_blank(caption)]
+    if without and instance_prompt is None:
+        if len(without) == len(samples):
+            raise UserError(
+                f"--train_data_dir {train_data_dir} has no captions; write a metadata.jsonl there with one line per "
+                'image such as {"file_name": "cat.jpg", "text": "a cat on a sofa"}, or a text file beside each image '
+                "(cat.txt for cat.jpg), or give --instance_prompt, which is for all."
+            )
+        raise UserError(
+            f"{len(without)} of the images in --train_data_dir {train_data_dir} have no caption in a text file beside "
+            f"them (first: {without[0]}); write these, or give --instance_prompt for those that have none."
+        )
+    return _fill(samples, instance_prompt)
+
+
+def _read_caption(path):
+    """What a text file says, in one line; None if there is no such file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return " ".join(file.read().split())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a caption ({reason(error)}); save it as UTF-8 text.") from None
+
+
+def _fill(samples, instance_prompt):
+    """Samples whose missing captions are `instance_prompt`."""
+    if instance_prompt is None:
+        return samples
+    without = sum(_is_blank(caption) for _, caption in samples)
+    if 0 < without < len(samples):
+        logger.warning(f"{without} of the {len(samples)} images have no caption and get that of --instance_prompt.")
+    return [(path, instance_prompt if _is_blank(caption) else caption) for path, caption in samples]
+
+
+def _is_blank(caption):
+    return caption is None or isinstance(caption, str) and not caption.strip()
+
+
+def read_class_folder(train_data_dir, image_column=None, label_column=None, class_ids=None):
+    """Reads images with class labels: from metadata files if there are any, else from class sub-folders.
+
+    In metadata (see `read_image_folder`) the label is in `label_column`, by default `label`: an integer from 0 on, or
+    if every row has such a name, a name in `class_ids`. Without metadata the first-level sub-folder of an image is
+    its class. Names of digits are the labels (`207`); names in `class_ids` take those; others are numbered in sorted
+    order, as torchvision's ImageFolder does.
+
+    Args:
+        class_ids: {name: label} of the pretrained model, if it has names for its classes.
+
+    Returns: a list of (path, int label), sorted by path, and {label: name} of the labels that occur. Raises
+        `UserError` for whatever is missing, malformed or ambiguous.
+    """
+    images, rows = _read_folder(train_data_dir, image_column)
+    if not rows:
+        if label_column is not None:
+            raise UserError(
+                f"--label_column {label_column} does not apply to --train_data_dir {train_data_dir}, which has no "
+                "metadata file; leave the flag out to take the sub-folders as classes, or add the metadata."
+            )
+        return _read_class_sub_folders(train_data_dir, images, class_ids)
+    label_column = label_column or "label"
+    columns = _columns([row for _, row in rows])
+    if label_column not in columns:
+        raise UserError(
+            f"the metadata has no label column {label_column}; choose one that is there with --label_column: "
+            f"{', '.join(columns) or 'none is, so add one'}; or remove the metadata, and the sub-folders are classes."
+        )
+    samples = _join(rows, label_column)
+    paths, values = zip(*samples)
+    row_names = [f"{row['file_name']} in {metadata_path}" for metadata_path, row in rows]
+    labels, names = _parse_labels(values, row_names.__getitem__, label_column, class_ids)
+    _warn_of_unused(images, samples, train_data_dir)
+    return sorted(zip(paths, labels), key=lambda sample: sample[0]), names
+
+
+def _read_class_sub_folders(train_data_dir, images, class_ids):
+    images = sorted(images)
+    parts = [os.path.relpath(path, train_data_dir).split(os.sep) for path in images]
+    outside = [path for path, inner in zip(images, parts) if len(inner) == 1]
+    if len(outside) == len(images):
+        raise UserError(
+            f"--train_data_dir {train_data_dir} has no classes, neither as sub-folders nor in metadata; put every "
+            "image in a sub-folder that is named after its class, or write a metadata.jsonl there with one line per "
+            'image such as {"file_name": "cat.jpg", "label": 207}.'
+        )
+    if outside:
+        raise UserError(
+            f"{len(outside)} of the images lie outside the class sub-folders of --train_data_dir {train_data_dir} "
+            f"(first: {outside[0]}); move them into the sub-folders of their classes, or remove them."
+        )
+    classes = sorted({inner[0] for inner in parts})
+    labels = _known_labels(classes, class_ids)
+    if labels is not None:
+        names = _class_names(labels, class_ids)
+    else:
+        labels, names = {name: label for label, name in enumerate(classes)}, dict(enumerate(classes))
+        _warn_of_numbers(classes, f"class sub-folders of --train_data_dir {train_data_dir}", class_ids)
+    return [(path, labels[inner[0]]) for path, inner in zip(images, parts)], names
+
+
+def _read_folder(train_data_dir, image_column):
+    """The paths of all images in a folder, as a set, and all metadata rows, each with the path of its file."""
+    if image_column not in (None, "image", "file_name"):
+        raise UserError(
+            f"--image_column {image_column} does not apply to --train_data_dir, where the metadata's column file_name "
+            "names the images; leave the flag out."
+        )
+    if not os.path.isdir(train_data_dir):
+        raise UserError(f"--train_data_dir {train_data_dir} is not a folder; give the folder that holds the images.")
+    images, metadata_paths = scan_folder(train_data_dir)
+    if not images:
+        raise UserError(
+            f"--train_data_dir {train_data_dir} contains no images ({' '.join(IMAGE_EXTENSIONS)}); give a folder of "
+            "image files, or name a dataset or its parquet file with --dataset_name."
+        )
+    return images, [(path, row) for path in metadata_paths for row in _read_metadata(path)]
+
+
+def scan_folder(folder):
+    """The paths of all images, as a set, and of all metadata files, as a list, leaving out what is hidden."""
+    images, metadata_paths = set(), []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found = [os.path.join(root, name) for name in METADATA_FILES if name in files]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]} are both there; keep the one that is meant.")
+        metadata_paths += found
+        names = [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")]
+        images.update(os.path.normpath(os.path.join(root, name)) for name in names)
+    return images, metadata_paths
+
+
+def _read_metadata(path):
+    """The rows of a metadata file: dicts with a file_name."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            if path.endswith(".parquet"):
+                import pyarrow.parquet
+
+                table = pyarrow.parquet.read_table(file).to_pylist()
+            else:
+                lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+                is_csv = path.endswith(".csv")
+                table = csv.DictReader(lines, strict=True) if is_csv else map(json.loads, filter(str.strip, lines))
+            for row in table:
+                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                    raise ValueError("it has no file_name")
+                if None in row:  # otherwise the caption would silently end at its first comma
+                    raise ValueError("it has more fields than there are columns: a caption with commas needs quotes")
+                rows.append(row)
+    except (ValueError, OSError, csv.Error) as error:
+        raise UserError(f"row {len(rows) + 1} of {path} cannot be read ({reason(error)}); correct it.") from None
+    return rows
+
+
+def _join(rows, column):
+    """The path of the image that each metadata row is about, with what the row has in a column."""
+    samples, missing = [], []
+    for metadata_path, row in rows:
+        path = os.path.normpath(os.path.join(os.path.dirname(metadata_path), row["file_name"]))
+        samples.append((path, row.get(column)))
+        if not os.path.isfile(path):
+            missing.append(f"{row['file_name']} in {metadata_path}")
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the metadata rows name a file that is not there (first: {missing[0]}); correct "
+            "file_name, which is relative to the metadata file, or remove the rows."
+        )
+    return samples
+
+
+def _warn_of_unused(images, samples, train_data_dir):
+    unused = images - {path for path, _ in samples}
+    if unused:
+        logger.warning(
+            f"{len(unused)} of the images in --train_data_dir {train_data_dir} will not be used, because no metadata "
+            f"row names them (first: {min(unused)})."
+        )
+
+
+def _columns(rows):
+    return list(dict.fromkeys(name for row in rows for name in row if name != "file_name"))
+
+
+def _text_columns(rows):
+    return [name for name in _columns(rows) if any(isinstance(row.get(name), (str, list)) for row in rows)]
+
+
+def _choose_caption_column(rows, caption_column):
+    columns = _columns(rows)
+    if caption_column is None:
+        texts = _text_columns(rows)
+        caption_column = texts[0] if len(texts) == 1 and "text" not in columns else "text"
+    if caption_column not in columns:
+        raise UserError(
+            f"the metadata has no caption column {caption_column}; choose one that is there with --caption_column: "
+            f"{', '.join(columns) or 'none is, so add one'}."
+        )
+    return caption_column
+
+
+def _check_captions(captions, caption_column):
+    """Raises `UserError` unless every caption, given with a name for its sample, is text or a list of texts."""
+
+    def is_text(caption):
+        return isinstance(caption, str) and bool(caption.strip())
+
+    bad = []
+    for name, caption in captions:
+        if not (is_text(caption) or (isinstance(caption, list) and caption and all(map(is_text, caption)))):
+            bad.append(f"{caption!r:.60} for {name}")
+    if bad:
+        raise UserError(
+            f"{len(bad)} of the captions in column {caption_column} are empty or no text (first: {bad[0]}); complete "
+            "or remove such rows, or choose another column with --caption_column."
+        )
+
+
+def _warn_of_numbers(classes, what, class_ids):
+    if class_ids:
+        logger.warning(
+            f"the model knows none of the {what} by its name, so they are numbered in order: {classes[0]} is class 0, "
+            f"..., {classes[-1]} {len(classes) - 1}."
+        )
+
+
+def _parse_labels(values, sample_name, column, class_ids):
+    """The labels that the values in a column mean, and {label: name} of those that occur.
+
+    Args:
+        values: what each sample has there: an integer from 0 on or its digits, or all of them names in `class_ids`.
+        sample_name: index -> what to call the sample in the `UserError` about a value that is none of these.
+    """
+    texts = [str(value).strip() if isinstance(value, (int, str)) else "" for value in values]
+    classes = sorted(set(texts) - {""})
+    labels = _known_labels(classes, class_ids)
+    if labels is None and not class_ids and "" not in texts and not any(map(str.isdecimal, classes)):
+        return [classes.index(text) for text in texts], dict(enumerate(classes))  # a new model's, in sorted order
+    if labels is None:
+        labels = {name: int(name) for name in classes if name.isdecimal()}
+    bad = [index for index, text in enumerate(texts) if text not in labels]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of the labels in column {column} are neither integers from 0 on nor names of classes that "
+            f"the model knows (first: {values[bad[0]]!r:.60} for {sample_name(bad[0])}); correct or remove such rows, "
+            "or choose another column with --label_column."
+        )
+    return [labels[text] for text in texts], _class_names(labels, class_ids)
+
+
+def _known_labels(classes, class_ids):
+    """{class: label} if the classes are numbers or all are names in `class_ids`; None if they are other names.
+
+    Raises `UserError` if only some are in `class_ids`: numbers for the others would be those of other classes.
+    """
+    if all(map(str.isdecimal, classes)):
+        return {name: int(name) for name in classes}
+    class_ids = class_ids or {}
+    unknown = [name for name in classes if name not in class_ids]
+    if len(unknown) == len(classes):
+        return None
+    if unknown:
+        similar = [difflib.get_close_matches(name, class_ids) for name in unknown[:5]]
+        listed = [f"{name} ({' or '.join(close)}?)" if close else name for name, close in zip(unknown, similar)]
+        raise UserError(
+            f"the model knows {len(classes) - len(unknown)} of the {len(classes)} classes by their names, but not "
+            f"{', '.join(listed + ['...'] * (len(unknown) > 5))}; use the model's names for all classes, or the "
+            "numbers of its classes."
+        )
+    return {name: class_ids[name] for name in classes}
+
+
+def _class_names(labels, class_ids):
+    """{label: name} for {class: label}; a class given by its number has the model's first name for it, if any."""
+    model_names = {label: name for name, label in reversed((class_ids or {}).items())}
+    return {label: model_names.get(label, name) if name.isdecimal() else name for name, label in labels.items()}
+
+
+@dataclass
+class HubSamples:
+    """Rows of a `datasets` dataset as (image bytes or path, caption or label) pairs, read one at a time."""
+
+    dataset: object  # datasets.Dataset whose image column is not decoded
+    image_column: str
+    caption_column: str | None
+    rows: np.ndarray  # [N] int64, the rows that are used
+    labels: np.ndarray | None = None  # int64, the class labels of all rows of the dataset, in place of captions
+    names: dict = field(default_factory=dict)  # {label: class name}
+    instance_prompt: str | None = None  # the caption of rows that have none
+
+    def __len__(self):
+        return len(self.rows)
+
+    def captions(self):
+        if self.labels is not None:
+            return self.labels[self.rows].tolist()
+        if self.caption_column is None:
+            return [self.instance_prompt] * len(self.rows)
+        captions = self.dataset.select_columns([self.caption_column]).select(self.rows)[self.caption_column]
+        return [self._filled(caption) for caption in captions]
+
+    def _filled(self, caption):
+        return self.instance_prompt if self.instance_prompt is not None and _is_blank(caption) else caption
+
+    def __getitem__(self, index):
+        number = int(self.rows[index])
+        row = self.dataset[number]
+        image = row[self.image_column] or {"bytes": None, "path": None}
+        if self.labels is not None:
+            caption = int(self.labels[number])
+        else:
+            caption = self._filled(row[self.caption_column] if self.caption_column else None)
+        return image["bytes"] or image["path"] or b"", caption
+
+
+def read_hub_dataset(
+    dataset_name,
+    dataset_config_name=None,
+    train_data_dir=None,
+    image_column=None,
+    caption_column=None,
+    cache_dir=None,
+    label_column=None,
+    class_ids=None,
+    instance_prompt=None,
+):
+    """Opens the split `train` of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
+
+    Without flags the columns are `image` and `text` if there, else the first column and the first of the others.
+    `instance_prompt` is the caption of rows that have none, and of all if there is no column `text`. With
+    `label_column` a sample has a class label in place of a caption: the column's integer, or its name's in
+    `class_ids`, {name: label} of the pretrained model, if the column holds names and all are there.
+
+    Returns: `HubSamples`; with labels, `names` is {label: name} of those that occur, the column's own names if it is
+        a `datasets.ClassLabel`. Raises `UserError` if the dataset or a column is missing, a caption is no text, or a
+        label no class.
+    """
+    import datasets
+
+    try:
+        dataset = _load_train_split(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--dataset_name {dataset_name} cannot be loaded ({reason(error)}); check the name, the path, the "
+            "connection and --dataset_config_name."
+        ) from None
+    columns = dataset.column_names
+    image_column = image_column or ("image" if "image" in columns else columns[0])
+    others = [name for name in columns if name != image_column]
+    column_flag = "--caption_column" if label_column is None else "--label_column"
+    caption_column = label_column or caption_column
+    if caption_column is None and (instance_prompt is None or "text" in others):
+        caption_column = "text" if "text" in others else next(iter(others), "text")
+    for flag, column in (("--image_column", image_column), (column_flag, caption_column)):
+        if column is not None and column not in columns:
+            raise UserError(
+                f"--dataset_name {dataset_name} has no column {column} for {flag}; choose one that is there: "
+                f"{', '.join(columns)}."
+            )
+    try:  # `datasets` must not decode: we name the image in which an error is, and read more kinds right
+        dataset = dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):
+        raise UserError(
+            f"column {image_column} of --dataset_name {dataset_name} does not hold images; choose one that does with "
+            f"--image_column: {', '.join(columns)}."
+        ) from None
+    rows = np.arange(len(dataset))
+    samples = HubSamples(dataset, image_column, caption_column, rows, instance_prompt=instance_prompt)
+    if caption_column is None:
+        return samples
+    batches = dataset.select_columns([caption_column]).iter(batch_size=1000)
+    captions = itertools.chain.from_iterable(batch[caption_column] for batch in batches)
+    if label_column is None:
+        if instance_prompt is not None:
+            captions = map(samples._filled, captions)
+        _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
+        return samples
+    feature, values = dataset.features[label_column], list(captions)
+    own_names = feature.names if isinstance(feature, datasets.ClassLabel) else []
+    if own_names and _known_labels(own_names, class_ids) is not None:  # the model may number these classes otherwise
+        values = [own_names[value] if 0 <= (-1 if value is None else value) else value for value in values]
+        own_names = []
+    labels, names = _parse_labels(values, "row {}".format, label_column, class_ids)
+    if own_names:
+        names = {label: own_names[label] for label in names}
+        _warn_of_numbers(own_names, f"classes of --dataset_name {dataset_name}", class_ids)
+    return replace(samples, labels=np.array(labels), names=names)
+
+
+def _load_train_split(name, config_name, data_dir, cache_dir):
+    import datasets
+
+    if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):  # save_to_disk
+        dataset = datasets.load_from_disk(name)
+        if isinstance(dataset, dict) and "train" not in dataset:
+            raise ValueError(f"it has no split train, only {', '.join(dataset)}")
+        return dataset["train"] if isinstance(dataset, dict) else dataset
+    if os.path.isfile(name):
+        kind = os.path.splitext(name)[1][1:]
+        if kind not in ("parquet", "arrow"):
+            raise ValueError("a file must be .parquet or .arrow")
+        return datasets.load_dataset(kind, data_files={"train": name}, split="train", cache_dir=cache_dir)
+    return datasets.load_dataset(name, config_name, data_dir=data_dir, split="train", cache_dir=cache_dir)
+
+
+def limit_samples(samples, max_train_samples, seed):
+    """At most `max_train_samples` (None: all), drawn with the seed: those that the Diffusers scripts draw."""
+    if max_train_samples is None or max_train_samples >= len(samples):
+        return samples
+    return _select(samples, np.random.default_rng(seed).permutation(len(samples))[:max_train_samples])
+
+
+def _select(samples, indices):
+    if isinstance(samples, HubSamples):
+        return replace(samples, rows=samples.rows[indices])
+    return [samples[index] for index in indices]
+
+
+def name_of(samples, index):
+    return f"row {samples.rows[index]} of the dataset" if isinstance(samples, HubSamples) else samples[index][0]
+
+
+def labels_of(samples):
+    """Each sample's class label (or caption), in their order and without reading the images."""
+    return samples.captions() if isinstance(samples, HubSamples) else [caption for _, caption in samples]
+
+
+def check_labels(samples, num_classes):
+    """Raises `UserError` unless every label is one of the model's classes, 0 to num_classes - 1."""
+    bad = [(index, label) for index, label in enumerate(labels_of(samples)) if not 0 <= label < num_classes]
+    if bad:
+        index, label = bad[0]
+        raise UserError(
+            f"{len(bad)} of the labels are not among the model's {num_classes} classes, 0 to {num_classes - 1} "
+            f"(first: {label} for {name_of(samples, index)}); correct them, remove such images, or use a model with "
+            "more classes."
+        )
+
+
+def check_images(samples, max_bad_images=0):
+    """Reads the images before training, so that N and the order are settled when it starts.
+
+    At most `MAX_CHECKED_IMAGES` are read, in threads, at the lowest resolution that their format offers.
+
+    Returns: the samples without the unreadable ones, and these as {name: reason}, which `TrainingStream` counts on
+        from. Raises `UserError` if there are more than `max_bad_images`.
+    """
+
+    def problem(index):
+        try:
+            with open_image(samples[index][0]) as image:
+                image.draft(None, (1, 1))
+                image.load()  # to the end of the file, so that a cut one is noticed
+        except IMAGE_ERRORS as error:
+            return index, name_of(samples, index), reason(error)
+
+    indices = range(0, len(samples), len(samples) // MAX_CHECKED_IMAGES + 1)
+    with ThreadPoolExecutor() as pool:
+        problems = [found for found in pool.map(problem, indices) if found]
+    bad = {name: reason for _, name, reason in problems}
+    if len(bad) > max_bad_images:
+        raise too_many_bad_images(bad, max_bad_images)
+    if bad:
+        logger.warning(f"{len(bad)} of the images cannot be read and are left out: {listed(bad, len(bad))}.")
+        dropped = {index for index, _, _ in problems}
+        samples = _select(samples, [index for index in range(len(samples)) if index not in dropped])
+    return samples, bad
+
+
+def listed(bad, limit=5):
+    names = [f"{name} ({reason})" for name, reason in itertools.islice(bad.items(), limit)]
+    return ", ".join(names + ["..."] * (len(bad) > limit))
+
+
+def too_many_bad_images(bad, max_bad_images):
+    return UserError(
+        f"{len(bad)} of the images cannot be read, more than --max_bad_images {max_bad_images} allows: {listed(bad)}"
+        "; repair or remove them, or raise --max_bad_images."
+    )
