@@ -108,10 +108,18 @@ def add_data_arguments(parser, labels=False):
     add("--train_data_dir", "--instance_data_dir", help=sources)
     add("--dataset_name", help="Hub id or local folder of a datasets dataset")
     add("--dataset_config_name", help="configuration of that dataset")
-    add("--image_column", help="column with the images")
-    add("--caption_column", help="column with the captions, strings or lists to choose from; by default text or the "
-        "only column that can be meant")
+    add("--streaming", action="store_true", help="read the dataset while it is downloaded; needs --max_train_steps")
+    add("--shuffle_buffer_size", type=int, default=1000, help="images of a stream that are shuffled, and held in "
+        "memory, at a time")
+    add("--train_shards", nargs="+", metavar="TAR", help="tar shards as webdataset writes them, such as "
+        "'data/{000000..001242}.tar': images with captions in .txt or .json" + " or class labels in .cls" * labels)
+    add("--image_column", help="column with the images; of shards the images' extension")
+    add("--caption_column", nargs="+", metavar="COLUMN", help="column with the captions, strings or lists to choose "
+        "from; by default text or the only column that can be meant. Of several, one is drawn each time")
+    add("--caption_weights", nargs="+", type=number, metavar="X", help="how often each of several caption columns is "
+        "drawn, by default all alike")
     add("--instance_prompt", help="caption of all images that have none of their own")
+    add("--trigger_word", metavar="WORD", help="put in front of every caption that does not have it")
     add("--with_prior_preservation", action="store_true", help="also train on images of the class, which the model "
         "draws itself before it is trained, so that it does not forget what else there is (DreamBooth)")
     add("--class_data_dir", help="folder with these images; what is missing is drawn into it")
@@ -121,11 +129,14 @@ def add_data_arguments(parser, labels=False):
     if labels:
         add("--label_column", help="column with the class labels of class-conditional models, by default label")
     add("--max_train_samples", type=int, help="use this many samples only")
-    add("--max_bad_images", type=int, default=0, help="unreadable images to leave out before giving up")
+    add("--max_bad_images", type=int, help="unreadable images to leave out before giving up; by default none, of "
+        "shards and streams 1 in 100")
     add("--proportion_empty_prompts", type=number, help="share of captions dropped, drawn at each step; 0.1, the "
         "default for class labels, keeps classifier-free guidance working; else 0")
     add("--resolution", type=int, help="side of the training images in pixels; by default " + ("what "
         "class-conditional models are made for, else 512" if labels else "1024 for SDXL, else 512"))
+    add("--aspect_ratio_buckets", nargs="?", const="auto", metavar="H,W;...", help="crop each image to the size "
+        "nearest to its own shape instead of a square; without sizes: of about as many pixels as --resolution squared")
     add("--center_crop", action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--image_interpolation_mode", default="lanczos", help="how images are resized",
@@ -135,6 +146,8 @@ def add_data_arguments(parser, labels=False):
         "encoder off the device; needs --center_crop")
     add("--cache_text_embeddings", action="store_true", help="encode every caption once, before training, and take "
         "the text encoders off the device")
+    add("--latent_cache_dir", metavar="FOLDER", help="keep these caches on the disk, for later runs too; by itself it "
+        "stands for both flags")
 
 
 def add_training_arguments(parser, output_dir, xformers=False):
@@ -282,7 +295,6 @@ def add_output_arguments(parser, guidance_scale=None):
 FLOW = "belongs to flow-matching transformers: here, timesteps are weighted with --snr_gamma and drawn with "
 FLOW += "--timestep_bias_strategy"
 ENCODER = "is not there: leave it out; --cache_text_embeddings takes the text encoders off the device before training"
-BUCKETS = "is not there yet: images are cropped to squares of --resolution, at a random place or with --center_crop"
 PARTS = "is not needed: leave it out, all tokenizers and text encoders are those of --pretrained_model_name_or_path"
 RANK = "is not needed: leave it out and start with `accelerate launch`, which numbers the processes"
 REFUSED = {
@@ -322,8 +334,7 @@ REFUSED = {
     "attention",
     "--debug_loss": "is not needed: the losses are in train_log.jsonl and the tracker, at every step with "
     "--logging_steps 1",
-    "--aspect_ratio_buckets": BUCKETS,
-    "--use_aspect_ratio_buckets": BUCKETS,
+    "--use_aspect_ratio_buckets": "is --aspect_ratio_buckets here",
     "--weighting_scheme": FLOW,
     "--logit_mean": FLOW,
     "--logit_std": FLOW,
@@ -356,6 +367,7 @@ ABSENT = {
     "enable_xformers_memory_efficient_attention": False,
     "weighting_scheme": "none",
     "num_classes": None,
+    "buckets": None,
 }
 
 
@@ -387,7 +399,7 @@ AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
     "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
     "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length "
-    "num_class_images"
+    "num_class_images shuffle_buffer_size"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
@@ -450,7 +462,9 @@ def check_combinations(args):
         (PRODIGY_FLAGS, "--optimizer prodigy", args.optimizer == "prodigy"),
         (["--lr_num_cycles"], "--lr_scheduler cosine_with_restarts", args.lr_scheduler == "cosine_with_restarts"),
         (["--lr_power"], "--lr_scheduler polynomial", args.lr_scheduler == "polynomial"),
-        (["--dataset_config_name"], "--dataset_name", args.dataset_name),
+        (["--dataset_config_name", "--streaming"], "--dataset_name", args.dataset_name),
+        (["--shuffle_buffer_size"], "--streaming", args.streaming),
+        (["--caption_weights"], "--caption_column", args.caption_column),
         (DRAWING_FLAGS, "--validation_prompts", args.validation_prompts or args.validation_prompt is not None),
         (BIAS_FLAGS[:1], "--timestep_bias_strategy", args.timestep_bias_strategy != "none"),
         (BIAS_FLAGS[1:2], "--timestep_bias_strategy earlier or later", args.timestep_bias_strategy[-2:] == "er"),
@@ -485,10 +499,6 @@ def check_combinations(args):
         raise UserError("--transformer_config trains new weights, --use_lora adapters to trained ones: leave one out.")
     if args.use_8bit_adam and args.optimizer != "adamw":
         raise UserError(f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other: give one of them.")
-    if args.cache_latents and not args.center_crop:
-        raise UserError(
-            "--cache_latents keeps one crop of each image, so random crops are impossible: add --center_crop."
-        )
     if args.cache_text_embeddings and args.train_text_encoder:
         raise UserError(
             "--cache_text_embeddings keeps what the text encoders give before training, while --train_text_encoder "
@@ -499,16 +509,44 @@ def check_combinations(args):
             "--hub_token would end up in wandb, which records the command line: log in with `hf auth login` instead, "
             "and leave --hub_token out."
         )
+    check_data(args)
     check_prompts(args)
-    if not (args.train_data_dir or args.dataset_name):
-        raise UserError("no data: give --train_data_dir FOLDER or --dataset_name ID.")
     for first, second in (
         ("train_data_dir", "dataset_name"),
+        ("train_data_dir", "train_shards"),
+        ("dataset_name", "train_shards"),
         ("validation_steps", "validation_epochs"),
         ("validation_prompts", "validation_prompt"),
     ):
         if getattr(args, first) and getattr(args, second):
             raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
+
+
+def check_data(args):
+    """The flags that say where images and captions come from. Sets those of the caches that follow from others."""
+    if not (args.train_data_dir or args.dataset_name or args.train_shards):
+        raise UserError("no data: give --train_data_dir FOLDER, --dataset_name ID, or --train_shards TARS.")
+    if args.caption_weights is not None:
+        count = len(args.caption_column)
+        if len(args.caption_weights) != count or min(args.caption_weights) <= 0:
+            raise UserError(f"--caption_weights needs {count} numbers above 0, one for each of --caption_column.")
+    if args.trigger_word is not None and not args.trigger_word.strip():
+        raise UserError("--trigger_word is empty: name the word, or leave the flag out.")
+    if args.streaming:
+        whole = "--cache_latents --cache_text_embeddings --latent_cache_dir --aspect_ratio_buckets "
+        whole += "--max_train_samples --with_prior_preservation --num_train_epochs --validation_epochs"
+        check_unused(args, whole.split(), "--streaming")
+        if args.max_train_steps is None:
+            raise UserError("--streaming: nobody knows how long an epoch is: say when to end with --max_train_steps.")
+    if args.aspect_ratio_buckets:  # the model draws its images of the class as squares
+        check_unused(args, ["--with_prior_preservation"], "--aspect_ratio_buckets")
+    if args.latent_cache_dir and not (args.cache_latents or args.cache_text_embeddings):
+        args.cache_latents, args.cache_text_embeddings = True, not args.train_text_encoder
+    if args.cache_latents and not args.center_crop:
+        flag = "--cache_latents" if "--cache_latents" in args.given_flags else "--latent_cache_dir"
+        raise UserError(f"{flag} keeps one crop of each image, so random crops are impossible: add --center_crop.")
+    if args.latent_cache_dir and Path(args.latent_cache_dir).is_file():
+        raise UserError(f"--latent_cache_dir {args.latent_cache_dir} is a file: name a folder.")
 
 
 def check_prompts(args):
@@ -569,17 +607,17 @@ def check_folders(args):
         read_transformer_config,
     )
 
-    args.folder_samples = None
+    args.samples = None
     if args.transformer_config is not None:
         args.transformer_config = read_transformer_config(Path(args.transformer_config))
     if args.bnb_quantization_config_path is not None:
         args.bnb_quantization_config_path = read_quantization_config(Path(args.bnb_quantization_config_path))
     known = check_model_folders(args)
     check_output_dir(args)
-    if args.train_data_dir and (known or not set(args.pipelines) & set(CLASS_CONDITIONAL)):
-        from data_utils import read_folder
+    if (args.train_data_dir or args.train_shards) and (known or not set(args.pipelines) & set(CLASS_CONDITIONAL)):
+        from data_utils import read_data
 
-        args.folder_samples = read_folder(args)
+        args.samples = read_data(args)
         for prompt in (args.validation_prompts or ()) if args.num_classes is not None else ():
             label_of(args, prompt)  # is it a class?
 

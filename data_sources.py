@@ -5,13 +5,14 @@
     limit_samples, check_images            fewer samples: `--max_train_samples`, unreadable images
     labels_of, check_labels                the labels alone, and whether the model has such classes
 
-In a sample, image is a path or the bytes of an image file, and caption a string, a list of strings of which one is
-drawn each time, or for class-conditional models an int, the class label. Torch is not imported: a folder can be read
-and checked before that.
+In a sample, image is a path or the bytes of an image file, and caption one of `captions.py` or, for class-conditional
+models, an int, the class label. Samples are a list of pairs or, where images are not files of their own, an object
+that reads one when it is asked for it. Torch is not imported: data can be read and checked before that.
 """
 
 import csv
 import difflib
+import hashlib
 import io
 import itertools
 import json
@@ -21,9 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from arguments import UserError
-from images import IMAGE_ERRORS, IMAGE_EXTENSIONS, open_image, reason
+from captions import is_blank, is_caption, join_columns
+from images import IMAGE_ERRORS, IMAGE_EXTENSIONS, image_size, open_image, reason
+from shards import open_shards
 
 
 logger = logging.getLogger(__name__)
@@ -32,28 +36,33 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_CHECKED_IMAGES = 10_000  # read before training; of a larger set, at most so many at even distances
 
 
-def read_image_folder(train_data_dir, image_column=None, caption_column=None, instance_prompt=None):
+def read_image_folder(
+    train_data_dir, image_column=None, caption_column=None, instance_prompt=None, caption_weights=None
+):
     """Reads a folder of images, in sub-folders too, with captions in metadata files or beside the images.
 
     A `metadata.jsonl`, `.csv` or `.parquet`, as for Hugging Face's ImageFolder, has a column `file_name`, relative to
-    its own folder, and captions: in `caption_column`, or else in `text`, or else in the only text column there is.
-    Every row is a sample. Without metadata every image is one, and its caption is in the text file of the same name
-    (`cat.txt` for `cat.jpg`). `instance_prompt` is the caption of all samples that have none.
+    its own folder, and captions: in `caption_column`, or else in `text`, or else in the only text column there is;
+    several columns are drawn from as often as `caption_weights` say. Every row is a sample. Without metadata every
+    image is one, and its caption is in the text file of the same name (`cat.txt` for `cat.jpg`). `instance_prompt` is
+    the caption of all samples that have none.
 
     Returns: a list of (path, caption), sorted by path. Raises `UserError` for whatever is missing or malformed.
     """
     images, rows = _read_folder(train_data_dir, image_column)
+    columns = as_list(caption_column)
     if not rows:
-        if caption_column is not None:
+        if columns:
             raise UserError(
-                f"--caption_column {caption_column} does not apply to --train_data_dir {train_data_dir}, which has no "
-                "metadata file; leave the flag out, or add the metadata."
+                f"--caption_column {' '.join(columns)} does not apply to --train_data_dir {train_data_dir}, which has "
+                "no metadata file; leave the flag out, or add the metadata."
             )
         return _read_text_files(train_data_dir, sorted(images), instance_prompt)
-    if caption_column is not None or instance_prompt is None or _text_columns([row for _, row in rows]):
-        caption_column = _choose_caption_column([row for _, row in rows], caption_column)
-    samples = _fill(_join(rows, caption_column), instance_prompt)
-    _check_captions(samples, caption_column)
+    if columns or instance_prompt is None or _text_columns([row for _, row in rows]):
+        columns = _choose_caption_columns([row for _, row in rows], columns)
+    samples = _join(rows, lambda row: join_columns([row.get(name) for name in columns], caption_weights))
+    samples = _fill(samples, instance_prompt)
+    _check_captions(samples, columns)
     _warn_of_unused(images, samples, train_data_dir)
     return sorted(samples, key=lambda sample: sample[0])
 
@@ -61,7 +70,7 @@ def read_image_folder(train_data_dir, image_column=None, caption_column=None, in
 def _read_text_files(train_data_dir, images, instance_prompt):
     """Images with the captions that lie beside them."""
     samples = [(path, _read_caption(os.path.splitext(path)[0] + ".txt")) for path in images]
-    without = [path for path, caption in samples if _is_blank(caption)]
+    without = [path for path, caption in samples if is_blank(caption)]
     if without and instance_prompt is None:
         if len(without) == len(samples):
             raise UserError(
@@ -91,14 +100,10 @@ def _fill(samples, instance_prompt):
     """Samples whose missing captions are `instance_prompt`."""
     if instance_prompt is None:
         return samples
-    without = sum(_is_blank(caption) for _, caption in samples)
+    without = sum(is_blank(caption) for _, caption in samples)
     if 0 < without < len(samples):
         logger.warning(f"{without} of the {len(samples)} images have no caption and get that of --instance_prompt.")
-    return [(path, instance_prompt if _is_blank(caption) else caption) for path, caption in samples]
-
-
-def _is_blank(caption):
-    return caption is None or isinstance(caption, str) and not caption.strip()
+    return [(path, instance_prompt if is_blank(caption) else caption) for path, caption in samples]
 
 
 def read_class_folder(train_data_dir, image_column=None, label_column=None, class_ids=None):
@@ -130,7 +135,7 @@ def read_class_folder(train_data_dir, image_column=None, label_column=None, clas
             f"the metadata has no label column {label_column}; choose one that is there with --label_column: "
             f"{', '.join(columns) or 'none is, so add one'}; or remove the metadata, and the sub-folders are classes."
         )
-    samples = _join(rows, label_column)
+    samples = _join(rows, lambda row: row.get(label_column))
     paths, values = zip(*samples)
     row_names = [f"{row['file_name']} in {metadata_path}" for metadata_path, row in rows]
     labels, names = _parse_labels(values, row_names.__getitem__, label_column, class_ids)
@@ -219,12 +224,12 @@ def _read_metadata(path):
     return rows
 
 
-def _join(rows, column):
-    """The path of the image that each metadata row is about, with what the row has in a column."""
+def _join(rows, caption_of):
+    """The path of the image that each metadata row is about, with its caption or label."""
     samples, missing = [], []
     for metadata_path, row in rows:
         path = os.path.normpath(os.path.join(os.path.dirname(metadata_path), row["file_name"]))
-        samples.append((path, row.get(column)))
+        samples.append((path, caption_of(row)))
         if not os.path.isfile(path):
             missing.append(f"{row['file_name']} in {metadata_path}")
     if missing:
@@ -252,33 +257,32 @@ def _text_columns(rows):
     return [name for name in _columns(rows) if any(isinstance(row.get(name), (str, list)) for row in rows)]
 
 
-def _choose_caption_column(rows, caption_column):
+def _choose_caption_columns(rows, wanted):
     columns = _columns(rows)
-    if caption_column is None:
+    if not wanted:
         texts = _text_columns(rows)
-        caption_column = texts[0] if len(texts) == 1 and "text" not in columns else "text"
-    if caption_column not in columns:
-        raise UserError(
-            f"the metadata has no caption column {caption_column}; choose one that is there with --caption_column: "
-            f"{', '.join(columns) or 'none is, so add one'}."
-        )
-    return caption_column
+        wanted = texts if len(texts) == 1 and "text" not in columns else ["text"]
+    for name in wanted:
+        if name not in columns:
+            raise UserError(
+                f"the metadata has no caption column {name}; choose one that is there with --caption_column: "
+                f"{', '.join(columns) or 'none is, so add one'}."
+            )
+    return wanted
 
 
-def _check_captions(captions, caption_column):
-    """Raises `UserError` unless every caption, given with a name for its sample, is text or a list of texts."""
+def as_list(caption_column):
+    """The names in --caption_column: None, a name, or a list of names."""
+    return [caption_column] if isinstance(caption_column, str) else list(caption_column or ())
 
-    def is_text(caption):
-        return isinstance(caption, str) and bool(caption.strip())
 
-    bad = []
-    for name, caption in captions:
-        if not (is_text(caption) or (isinstance(caption, list) and caption and all(map(is_text, caption)))):
-            bad.append(f"{caption!r:.60} for {name}")
+def _check_captions(captions, columns):
+    """Raises `UserError` unless every caption, given with a name for its sample, is one."""
+    bad = [f"{caption!r:.60} for {name}" for name, caption in captions if not is_caption(caption)]
     if bad:
         raise UserError(
-            f"{len(bad)} of the captions in column {caption_column} are empty or no text (first: {bad[0]}); complete "
-            "or remove such rows, or choose another column with --caption_column."
+            f"{len(bad)} of the captions in column {' '.join(columns)} are empty or no text (first: {bad[0]}); "
+            "complete or remove such rows, or choose another column with --caption_column."
         )
 
 
@@ -348,8 +352,9 @@ class HubSamples:
 
     dataset: object  # datasets.Dataset whose image column is not decoded
     image_column: str
-    caption_column: str | None
+    caption_columns: list
     rows: np.ndarray  # [N] int64, the rows that are used
+    caption_weights: list | None = None
     labels: np.ndarray | None = None  # int64, the class labels of all rows of the dataset, in place of captions
     names: dict = field(default_factory=dict)  # {label: class name}
     instance_prompt: str | None = None  # the caption of rows that have none
@@ -360,23 +365,38 @@ class HubSamples:
     def captions(self):
         if self.labels is not None:
             return self.labels[self.rows].tolist()
-        if self.caption_column is None:
+        if not self.caption_columns:
             return [self.instance_prompt] * len(self.rows)
-        captions = self.dataset.select_columns([self.caption_column]).select(self.rows)[self.caption_column]
-        return [self._filled(caption) for caption in captions]
+        batches = self.dataset.select_columns(self.caption_columns).select(self.rows).iter(batch_size=1000)
+        values = itertools.chain.from_iterable(zip(*(b[name] for name in self.caption_columns)) for b in batches)
+        return [self._joined(row) for row in values]
 
-    def _filled(self, caption):
-        return self.instance_prompt if self.instance_prompt is not None and _is_blank(caption) else caption
+    def _joined(self, values):
+        caption = join_columns(values, self.caption_weights)
+        return self.instance_prompt if self.instance_prompt is not None and is_blank(caption) else caption
+
+    def caption(self, index):
+        number = int(self.rows[index])
+        if self.labels is not None:
+            return int(self.labels[number])
+        if not self.caption_columns:
+            return self.instance_prompt
+        row = self.dataset.select_columns(self.caption_columns)[number]
+        return self._joined([row[name] for name in self.caption_columns])
+
+    @staticmethod
+    def files_identity():
+        return None  # the files may have changed behind the dataset
+
+    def select(self, indices):
+        return replace(self, rows=self.rows[indices])
+
+    def name(self, index):
+        return f"row {self.rows[index]} of the dataset"
 
     def __getitem__(self, index):
-        number = int(self.rows[index])
-        row = self.dataset[number]
-        image = row[self.image_column] or {"bytes": None, "path": None}
-        if self.labels is not None:
-            caption = int(self.labels[number])
-        else:
-            caption = self._filled(row[self.caption_column] if self.caption_column else None)
-        return image["bytes"] or image["path"] or b"", caption
+        image = self.dataset[int(self.rows[index])][self.image_column] or {"bytes": None, "path": None}
+        return image["bytes"] or image["path"] or b"", self.caption(index)
 
 
 def read_hub_dataset(
@@ -389,6 +409,7 @@ def read_hub_dataset(
     label_column=None,
     class_ids=None,
     instance_prompt=None,
+    caption_weights=None,
 ):
     """Opens the split `train` of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
 
@@ -403,45 +424,21 @@ def read_hub_dataset(
     """
     import datasets
 
-    try:
-        dataset = _load_train_split(dataset_name, dataset_config_name, train_data_dir, cache_dir)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"--dataset_name {dataset_name} cannot be loaded ({reason(error)}); check the name, the path, the "
-            "connection and --dataset_config_name."
-        ) from None
-    columns = dataset.column_names
-    image_column = image_column or ("image" if "image" in columns else columns[0])
-    others = [name for name in columns if name != image_column]
-    column_flag = "--caption_column" if label_column is None else "--label_column"
-    caption_column = label_column or caption_column
-    if caption_column is None and (instance_prompt is None or "text" in others):
-        caption_column = "text" if "text" in others else next(iter(others), "text")
-    for flag, column in (("--image_column", image_column), (column_flag, caption_column)):
-        if column is not None and column not in columns:
-            raise UserError(
-                f"--dataset_name {dataset_name} has no column {column} for {flag}; choose one that is there: "
-                f"{', '.join(columns)}."
-            )
-    try:  # `datasets` must not decode: we name the image in which an error is, and read more kinds right
-        dataset = dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError):
-        raise UserError(
-            f"column {image_column} of --dataset_name {dataset_name} does not hold images; choose one that does with "
-            f"--image_column: {', '.join(columns)}."
-        ) from None
+    dataset = open_split(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    choice = (image_column, caption_column, label_column, instance_prompt)
+    image_column, columns = choose_columns(dataset_name, dataset.column_names, *choice)
+    dataset = undecoded(dataset, image_column, dataset_name)
     rows = np.arange(len(dataset))
-    samples = HubSamples(dataset, image_column, caption_column, rows, instance_prompt=instance_prompt)
-    if caption_column is None:
+    samples = HubSamples(dataset, image_column, columns, rows, caption_weights, instance_prompt=instance_prompt)
+    if not columns:
         return samples
-    batches = dataset.select_columns([caption_column]).iter(batch_size=1000)
-    captions = itertools.chain.from_iterable(batch[caption_column] for batch in batches)
     if label_column is None:
-        if instance_prompt is not None:
-            captions = map(samples._filled, captions)
-        _check_captions(((f"row {row}", caption) for row, caption in enumerate(captions)), caption_column)
+        captions = ((f"row {row}", caption) for row, caption in enumerate(samples.captions()))
+        _check_captions(captions, columns)
         return samples
-    feature, values = dataset.features[label_column], list(captions)
+    batches = dataset.select_columns(columns).iter(batch_size=1000)
+    values = list(itertools.chain.from_iterable(batch[label_column] for batch in batches))
+    feature = dataset.features[label_column]
     own_names = feature.names if isinstance(feature, datasets.ClassLabel) else []
     if own_names and _known_labels(own_names, class_ids) is not None:  # the model may number these classes otherwise
         values = [own_names[value] if 0 <= (-1 if value is None else value) else value for value in values]
@@ -453,42 +450,182 @@ def read_hub_dataset(
     return replace(samples, labels=np.array(labels), names=names)
 
 
-def _load_train_split(name, config_name, data_dir, cache_dir):
+def open_split(dataset_name, dataset_config_name=None, train_data_dir=None, cache_dir=None, streaming=False):
+    """The split `train` of a dataset. Raises `UserError`."""
+    import datasets
+
+    try:
+        return _load_train_split(dataset_name, dataset_config_name, train_data_dir, cache_dir, streaming)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"--dataset_name {dataset_name} cannot be loaded ({reason(error)}); check the name, the path, the "
+            "connection and --dataset_config_name."
+        ) from None
+
+
+def choose_columns(dataset_name, names, image_column, caption_column, label_column=None, instance_prompt=None):
+    """The image column, and a list of those with captions or the label. Raises `UserError`."""
+    image_column = image_column or ("image" if "image" in names else names[0])
+    others = [name for name in names if name != image_column]
+    column_flag = "--caption_column" if label_column is None else "--label_column"
+    columns = as_list(label_column or caption_column)
+    if not columns and (instance_prompt is None or "text" in others):
+        columns = ["text" if "text" in others else next(iter(others), "text")]
+    for flag, column in (("--image_column", image_column), *((column_flag, column) for column in columns)):
+        if column not in names:
+            raise UserError(
+                f"--dataset_name {dataset_name} has no column {column} for {flag}; choose one that is there: "
+                f"{', '.join(names)}."
+            )
+    return image_column, columns
+
+
+def undecoded(dataset, image_column, dataset_name):
+    """The dataset with its images as files: we name the image in which an error is, and read more kinds right."""
+    import datasets
+
+    try:
+        return dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError):
+        raise UserError(
+            f"column {image_column} of --dataset_name {dataset_name} does not hold images; choose one that does with "
+            f"--image_column: {', '.join(dataset.column_names)}."
+        ) from None
+
+
+def _load_train_split(name, config_name, data_dir, cache_dir, streaming):
     import datasets
 
     if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):  # save_to_disk
         dataset = datasets.load_from_disk(name)
         if isinstance(dataset, dict) and "train" not in dataset:
             raise ValueError(f"it has no split train, only {', '.join(dataset)}")
-        return dataset["train"] if isinstance(dataset, dict) else dataset
+        dataset = dataset["train"] if isinstance(dataset, dict) else dataset
+        return dataset.to_iterable_dataset() if streaming else dataset
+    settings = {"split": "train", "cache_dir": cache_dir, "streaming": streaming}
     if os.path.isfile(name):
         kind = os.path.splitext(name)[1][1:]
         if kind not in ("parquet", "arrow"):
             raise ValueError("a file must be .parquet or .arrow")
-        return datasets.load_dataset(kind, data_files={"train": name}, split="train", cache_dir=cache_dir)
-    return datasets.load_dataset(name, config_name, data_dir=data_dir, split="train", cache_dir=cache_dir)
+        return datasets.load_dataset(kind, data_files={"train": name}, **settings)
+    return datasets.load_dataset(name, config_name, data_dir=data_dir, **settings)
+
+
+def read_shards(
+    patterns,
+    image_column=None,
+    caption_column=None,
+    instance_prompt=None,
+    caption_weights=None,
+    label_column=None,
+    cache_dir=None,
+):
+    """Opens tar shards; see `shards.open_shards` and `shards.ShardSamples`.
+
+    With `label_column` a sample has a class label, an integer from 0 on: `cls` is the .cls file, another name a field
+    of the json file.
+
+    Returns: samples, and {name: reason} of what can't be used. Raises `UserError` if no sample has a caption or label.
+    """
+    samples, bad = open_shards(patterns, image_column, cache_dir)
+    if label_column is not None:
+        labels = samples.rows["label"] if label_column == "cls" else _labels_from_json(samples, label_column)
+        has_caption = labels >= 0
+        samples = replace(samples, labels=labels)
+    else:
+        columns = as_list(caption_column) or None
+        captions = {"caption_columns": columns, "caption_weights": caption_weights}
+        samples = replace(samples, **captions, instance_prompt=instance_prompt)
+        has_caption = (samples.rows["txt"]["size"] > 0) | (samples.rows["json"]["size"] > 0)
+        if instance_prompt is not None:
+            has_caption[:] = True
+    what = f"class label ({label_column})" if label_column is not None else "caption"
+    first = min(100, len(samples))
+    if not has_caption.any() or all(caption is None for caption in samples.select(range(first)).captions()):
+        fields = ", ".join(sorted(samples.fields(0))) or "none"
+        flag = "--label_column" if label_column is not None else "--caption_column"
+        raise UserError(
+            f"--train_shards: the first {first} samples have no {what}; name one of their fields with {flag}: "
+            f"{fields}."
+        )
+    bad |= {samples.name(index): f"it has no {what}" for index in np.flatnonzero(~has_caption)}
+    return samples.select(np.flatnonzero(has_caption)), bad
+
+
+def _labels_from_json(samples, field):
+    """The label of each sample, -1 where there is none."""
+
+    def label(index):
+        try:
+            return int(samples.fields(index)[field])
+        except (OSError, ValueError, KeyError, TypeError):
+            return -1
+
+    return np.array([label(index) for index in tqdm(range(len(samples)), desc="Reading class labels")])
 
 
 def limit_samples(samples, max_train_samples, seed):
     """At most `max_train_samples` (None: all), drawn with the seed: those that the Diffusers scripts draw."""
     if max_train_samples is None or max_train_samples >= len(samples):
         return samples
-    return _select(samples, np.random.default_rng(seed).permutation(len(samples))[:max_train_samples])
+    return select(samples, np.random.default_rng(seed).permutation(len(samples))[:max_train_samples])
 
 
-def _select(samples, indices):
-    if isinstance(samples, HubSamples):
-        return replace(samples, rows=samples.rows[indices])
-    return [samples[index] for index in indices]
+def select(samples, indices):
+    if isinstance(samples, list):
+        return [samples[index] for index in indices]
+    return samples.select(indices)
 
 
 def name_of(samples, index):
-    return f"row {samples.rows[index]} of the dataset" if isinstance(samples, HubSamples) else samples[index][0]
+    return samples[index][0] if isinstance(samples, list) else samples.name(index)
+
+
+def caption_of(samples, index):
+    """A sample's caption or class label, without reading its image."""
+    return samples[index][1] if isinstance(samples, list) else samples.caption(index)
+
+
+def image_bytes(samples, index):
+    """The file of a sample's image. Raises one of `IMAGE_ERRORS`."""
+    image = samples[index][0]
+    if isinstance(image, bytes):
+        return image
+    with open(image, "rb") as file:
+        return file.read()
+
+
+def files_identity(samples):
+    """A hash that is another one as soon as a file of the samples has another size or time; None if unknown."""
+    if not isinstance(samples, list):
+        return samples.files_identity()
+    digest = hashlib.sha256()
+    for path, _ in samples:
+        status = os.stat(path) if os.path.exists(path) else None
+        digest.update(f"{os.path.abspath(path)} {status and (status.st_size, status.st_mtime_ns)}\0".encode())
+    return digest.hexdigest()[:32]
+
+
+def image_sizes(samples):
+    """(height, width) of every image, `[N, 2]`; (1, 1) of those whose head can't be read."""
+
+    def size(index):
+        try:
+            return image_size(samples[index][0])
+        except IMAGE_ERRORS:  # it will be found out when its turn comes
+            return 1, 1
+
+    if hasattr(samples, "sizes"):
+        return samples.sizes()
+    hide = os.environ.get("LOCAL_RANK", "0") != "0"
+    with ThreadPoolExecutor() as pool:
+        sizes = pool.map(size, range(len(samples)))
+        return list(tqdm(sizes, desc="Reading image sizes", total=len(samples), disable=hide))
 
 
 def labels_of(samples):
     """Each sample's class label (or caption), in their order and without reading the images."""
-    return samples.captions() if isinstance(samples, HubSamples) else [caption for _, caption in samples]
+    return [caption for _, caption in samples] if isinstance(samples, list) else samples.captions()
 
 
 def check_labels(samples, num_classes):
@@ -529,7 +666,7 @@ def check_images(samples, max_bad_images=0):
     if bad:
         logger.warning(f"{len(bad)} of the images cannot be read and are left out: {listed(bad, len(bad))}.")
         dropped = {index for index, _, _ in problems}
-        samples = _select(samples, [index for index in range(len(samples)) if index not in dropped])
+        samples = select(samples, [index for index in range(len(samples)) if index not in dropped])
     return samples, bad
 
 

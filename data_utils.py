@@ -3,28 +3,35 @@
 Everything about a training sample is a function of (seed, position). Positions 0, 1, 2, ... run through shuffled
 epochs laid end to end: position p is sample `permutation(seed, p // N)[p % N]`, and its crop, flip and caption are
 drawn from generators seeded with p. So the order does not depend on the number of workers, a resumed run needs only
-the position at which to go on, and two processes with batch size B see what one process with 2B sees.
+the position at which to go on, and two processes with batch size B see what one process with 2B sees. (With buckets
+the order is that of `buckets.BucketOrder`, a function of B as well; of a streamed dataset see `streaming.py`.)
 
     make_stream         what the data flags describe
     TrainingStream      position -> training sample
     cache_latents       encode every image once and let the stream give latents
     build_dataloader    the batches of one rank, from a start position on
 
-Shapes: B batch, H = W = resolution. Torch is imported where it is needed: a folder is read and checked before that.
+Shapes: B batch, H x W the size that images are cropped to, --resolution squared or a bucket's. Torch is imported where
+it is needed: data is read and checked before that.
 """
 
 import itertools
 import logging
+import math
 import os
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
 from arguments import UserError
+from buckets import BucketOrder, nearest_bucket
+from captions import all_texts, draw_text, with_trigger_word
 from data_sources import (
+    caption_of,
     check_images,
     check_labels,
+    image_sizes,
     labels_of,
     limit_samples,
     listed,
@@ -32,6 +39,7 @@ from data_sources import (
     read_class_folder,
     read_hub_dataset,
     read_image_folder,
+    read_shards,
     scan_folder,
     too_many_bad_images,
 )
@@ -42,7 +50,7 @@ from model_checks import class_ids, label_of
 logger = logging.getLogger(__name__)
 
 # Every kind of random decision has its own generators: more caption dropout leaves all crops as they were.
-EPOCH_ORDER, CROP_AND_FLIP, CAPTION = range(3)
+EPOCH_ORDER, CROP_AND_FLIP, CAPTION, BUCKET_ORDER, BLOCK_ORDER = range(5)
 PRIOR_POSITION = 2**40  # where the positions of images of the class begin, far from all others
 
 
@@ -51,11 +59,15 @@ def _permutation(seed, epoch, num_samples):
     return np.random.default_rng([seed, EPOCH_ORDER, epoch]).permutation(num_samples)
 
 
+def _bucket_permutation(seed, key, epoch, n):
+    return np.random.default_rng([seed, BUCKET_ORDER, key, epoch]).permutation(n)
+
+
 @dataclass
 class TrainingStream:
     """An endless map from position to training sample; see the top of this file.
 
-    An image that has become unreadable since `check_images` is replaced by the next one of the epoch, with a warning;
+    An image that has become unreadable since it was checked is replaced by the next one of the epoch, with a warning;
     `UserError` is raised once this process has met more than `max_bad_images`, those in `bad` included.
     """
 
@@ -66,69 +78,114 @@ class TrainingStream:
     random_flip: bool = False
     image_interpolation_mode: str = "lanczos"
     proportion_empty_prompts: float = 0.0
+    trigger_word: str | None = None
     max_bad_images: int = 0
     bad: dict = field(default_factory=dict)  # {name: reason}, as returned by check_images; grows
-    cache: list | None = None  # what `cache_latents` made of each sample
+    buckets: list | None = None  # (height, width) that images are cropped to, the nearest to their shape
+    batch_size: int = 1  # of a rank; with buckets the order depends on it
+    cache: object | None = None  # index, flip -> the sample as `cache_latents` has encoded it
+    embeddings: object | None = None  # caption -> its embeddings, if they are cached on the disk
     prior: object | None = None  # the stream of images of the class, for prior preservation
 
     def __post_init__(self):
         if not len(self.samples):
             raise UserError("there is no image to train on; check --train_data_dir or --dataset_name.")
+        self.order = None
+        if self.buckets:
+            self.bucket_of = nearest_bucket(image_sizes(self.samples), self.buckets)
+            self.order = BucketOrder(self.bucket_of, self.batch_size, partial(_bucket_permutation, self.seed))
 
     @property
     def num_samples(self):
         """N, the samples of an epoch."""
         return len(self.samples)
 
+    @property
+    def allowed_bad_images(self):
+        return self.max_bad_images
+
+    def state(self, position, world_size):
+        """What a rank needs besides the position to go on from a checkpoint; None if nothing."""
+
+    def load_state(self, state):
+        """What `state` returned."""
+
     def index(self, position):
         """The index in `samples` of the sample at a position."""
-        epoch, step = divmod(position, self.num_samples)
-        return int(_permutation(self.seed, epoch, self.num_samples)[step])
+        return next(self._indices(position))
+
+    def _indices(self, position):
+        """The index of the sample at a position, and then of those that take its place if it can't be read."""
+        if self.order is not None:
+            bucket, place = self.order.batch(position // self.batch_size)
+            place += position % self.batch_size
+            for offset in range(len(self.order.members[bucket])):
+                yield self.order.sample(bucket, place + offset)
+        else:
+            epoch, step = divmod(position, self.num_samples)
+            for offset in range(self.num_samples):
+                yield int(_permutation(self.seed, epoch, self.num_samples)[(step + offset) % self.num_samples])
 
     def __getitem__(self, position):
-        """Returns what `transform` does, or of a cached sample `posterior` `[2 C, h, w]` for `pixel_values`; caption;
-        position; and bad, {name: reason} of the images passed over."""
+        """The training sample at a position; see `sample`."""
         rng = np.random.default_rng([self.seed, CROP_AND_FLIP, position])
         flip = self.random_flip and rng.random() < 0.5
-        view, caption, bad = self._read(position, flip, rng)
-        rng = np.random.default_rng([self.seed, CAPTION, position])
-        if rng.random() < self.proportion_empty_prompts:
-            caption = ""
-        elif isinstance(caption, list):
-            caption = caption[rng.integers(len(caption))]
-        return {**view, "caption": caption, "position": position, "bad": bad}
+        indices = self._indices(position)
+        candidates = ((partial(name_of, self.samples, i), partial(self._load, i, flip, rng)) for i in indices)
+        return self.sample(position, candidates)
 
-    def view(self, index, flip, rng=None):
-        """A sample as `transform` gives it. Raises one of `IMAGE_ERRORS`."""
-        image = load_image(self.samples[index][0])
-        return transform(image, self.resolution, self.center_crop, flip, self.image_interpolation_mode, rng)
+    def items(self, rank, world_size, batch_size, start_position):
+        """Endless: what `batch` needs to know of each of a rank's batches, here the position where it begins."""
+        if self.order is not None:
+            start_position += -start_position % batch_size  # nor may a run resumed with another batch size mix buckets
+        return itertools.count(start_position + rank * batch_size, world_size * batch_size)
 
-    def _read(self, position, flip, rng):
-        """View and caption at a position, or else at the next one of the epoch, and {name: reason} if so."""
+    def batch(self, item, batch_size):
+        """The training samples of a batch."""
+        return [self[position] for position in range(item, item + batch_size)]
+
+    def sample(self, position, candidates):
+        """The first of the candidates, (its name, how to load it) each a function, that can be read.
+
+        Returns what `transform` does, or of a cached sample `posterior` `[2 C, h, w]` for `pixel_values`; caption;
+        position; and bad, {name: reason} of the images passed over.
+        """
         bad = {}
-        epoch, step = divmod(position, self.num_samples)
-        for offset in range(self.num_samples):
-            index = self.index(epoch * self.num_samples + (step + offset) % self.num_samples)
+        for name, load in candidates:
             try:
-                view = self.view(index, flip, rng) if self.cache is None else self._cached(index, flip)
-                return view, self.samples[index][1], bad
+                view, caption = load()
+                break
             except IMAGE_ERRORS as error:
-                bad[name_of(self.samples, index)] = reason(error)
+                bad[name()] = reason(error)
                 self.note_bad(bad)
-        raise too_many_bad_images(self.bad, self.max_bad_images)
+        else:
+            raise too_many_bad_images(self.bad, self.allowed_bad_images)
+        rng = np.random.default_rng([self.seed, CAPTION, position])
+        caption = "" if rng.random() < self.proportion_empty_prompts else draw_text(caption, rng)
+        return {**view, "caption": with_trigger_word(caption, self.trigger_word), "position": position, "bad": bad}
 
-    def _cached(self, index, flip):
-        entry = self.cache[index]
-        if "error" in entry:
-            raise OSError(entry["error"])
-        return {**entry, "posterior": entry["posterior"][int(flip)]}
+    def _load(self, index, flip, rng):
+        """View and caption of a sample. Raises one of `IMAGE_ERRORS`."""
+        if self.cache is None:
+            image, caption = self.samples[index]
+            return self.view(index, flip, rng, image), caption
+        return self.cache(index, flip), caption_of(self.samples, index)
+
+    def size_of(self, index):
+        """The size (height, width) that a sample is cropped to."""
+        return (self.resolution,) * 2 if self.order is None else self.buckets[self.bucket_of[index]]
+
+    def view(self, index, flip, rng=None, image=None):
+        """A sample as `transform` gives it. Raises one of `IMAGE_ERRORS`."""
+        image = load_image(self.samples[index][0] if image is None else image)
+        return transform(image, self.size_of(index), self.center_crop, flip, self.image_interpolation_mode, rng)
 
     def note_bad(self, bad):
         """Counts unreadable images, {name: reason}, each once; raises `UserError` if they are too many now."""
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         self.bad.update(new)
-        if len(self.bad) > self.max_bad_images:
-            raise too_many_bad_images(self.bad, self.max_bad_images)
+        if len(self.bad) > self.allowed_bad_images:
+            raise too_many_bad_images(self.bad, self.allowed_bad_images)
         from torch.utils.data import get_worker_info
 
         if new and get_worker_info() is None:  # the main process tells, once, what a worker has found
@@ -161,11 +218,26 @@ def cache_latents(stream, encode, share_work):
     stream.note_bad({name_of(stream.samples, i): entry["error"] for i, entry in enumerate(cache) if "error" in entry})
     for index, entry in enumerate(cache):
         if not all(posterior.isfinite().all() for posterior in entry.get("posterior", ())):
-            raise UserError(
-                f"the VAE's latents of {name_of(stream.samples, index)} are not finite: use --vae_dtype fp32 or bf16, "
-                "or another VAE with --pretrained_vae_model_name_or_path."
-            )
-    stream.cache = cache
+            raise not_finite(name_of(stream.samples, index))
+    stream.cache = _InMemory(cache)
+
+
+@dataclass
+class _InMemory:
+    entries: list
+
+    def __call__(self, index, flip):
+        entry = self.entries[index]
+        if "error" in entry:
+            raise OSError(entry["error"])
+        return {**entry, "posterior": entry["posterior"][int(flip)]}
+
+
+def not_finite(name):
+    return UserError(
+        f"the VAE's latents of {name} are not finite: use --vae_dtype fp32 or bf16, or another VAE with "
+        "--pretrained_vae_model_name_or_path."
+    )
 
 
 def all_captions(stream):
@@ -173,13 +245,14 @@ def all_captions(stream):
     captions = {""} if stream.proportion_empty_prompts else set()
     captions |= all_captions(stream.prior) if stream.prior is not None else set()
     for caption in labels_of(stream.samples):
-        captions |= set(caption) if isinstance(caption, list) else {caption}
+        if caption is not None:  # of an image that will be found to have none
+            captions |= {with_trigger_word(text, stream.trigger_word) for text in all_texts(caption)}
     return captions
 
 
 @dataclass
 class _Batches:
-    """What a DataLoader worker runs: from the position where a batch begins to the batch.
+    """What a DataLoader worker runs: from an item of the stream to its batch.
 
     A `UserError` is returned, not raised: torch would raise it again with the worker's traceback as its message.
     """
@@ -187,17 +260,20 @@ class _Batches:
     stream: TrainingStream
     batch_size: int
 
-    def __getitem__(self, start):
+    def __getitem__(self, item):
         import torch
 
-        positions = range(start, start + self.batch_size)
+        stream = self.stream
         try:
-            samples = [self.stream[position] for position in positions]
-            if self.stream.prior is not None:
-                samples += [self.stream.prior[PRIOR_POSITION + position] for position in positions]
+            samples = stream.batch(item, self.batch_size)
+            if stream.prior is not None:
+                samples += [stream.prior[PRIOR_POSITION + sample["position"]] for sample in samples]
+            embeddings = None
+            if stream.embeddings is not None:
+                embeddings = [stream.embeddings[sample["caption"]] for sample in samples]
         except UserError as error:
             return error
-        if self.stream.cache is None:
+        if stream.cache is None:
             images = {"pixel_values": torch.from_numpy(np.stack([sample["pixel_values"] for sample in samples]))}
         else:
             images = {"posteriors": torch.stack([sample["posterior"] for sample in samples])}
@@ -207,8 +283,10 @@ class _Batches:
             "positions": torch.tensor([sample["position"] for sample in samples]),
             "original_sizes": torch.tensor([sample["original_size"] for sample in samples]),
             "crop_top_lefts": torch.tensor([sample["crop_top_left"] for sample in samples]),
+            "target_sizes": torch.tensor([sample["target_size"] for sample in samples]),
             "bad": {name: reason for sample in samples for name, reason in sample["bad"].items()},
-            **({"num_instances": self.batch_size} if self.stream.prior is not None else {}),
+            **({"num_instances": self.batch_size} if stream.prior is not None else {}),
+            **({"embeddings": embeddings} if embeddings is not None else {}),
         }
 
 
@@ -220,8 +298,9 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
 
     A batch is a dict: pixel_values, float32 `[B, 3, H, W]` in [-1, 1], pinned if CUDA is there, or if they are cached
     posteriors `[B, 2 C, h, w]`; captions, a list of B strings, or of class labels and "" where the label is dropped;
-    positions, int64 `[B]`; original_sizes (height, width) and crop_top_lefts (top, left), int64 `[B, 2]`. With
-    `stream.prior` as many images of the class follow, and num_instances says after how many.
+    positions, int64 `[B]`; original_sizes and target_sizes (height, width), before resizing and after the crop, and
+    crop_top_lefts (top, left), int64 `[B, 2]`. With `stream.embeddings`: embeddings, a list of those of the captions.
+    With `stream.prior` as many images of the class follow, and num_instances says after how many.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -229,7 +308,7 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
     loader = DataLoader(
         _Batches(stream, batch_size),
         batch_size=None,  # an item is a whole batch already
-        sampler=itertools.count(start_position + rank * batch_size, world_size * batch_size),
+        sampler=stream.items(rank, world_size, batch_size, start_position),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so move, the global generator
@@ -241,16 +320,31 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
         yield batch
 
 
-def read_folder(args):
-    """The samples of --train_data_dir, checked: see `check_images`. Adds to `args.id2label` of class labels."""
+def read_data(args):
+    """The samples of --train_data_dir or --train_shards, and {name: reason} of what is bad; see `check_images`.
+
+    Adds to `args.id2label` of class labels.
+    """
+    captions = (args.caption_column, args.instance_prompt, args.caption_weights)
+    if args.train_shards:
+        label_column = (args.label_column or "cls") if args.num_classes is not None else None
+        samples, bad = read_shards(args.train_shards, args.image_column, *captions, label_column, args.cache_dir)
+        if label_column is not None:
+            _add_classes(args, samples, {})
+        limit = args.max_bad_images
+        args.max_bad_images = math.ceil(len(samples) / 100) if limit is None else limit
+        if len(bad) > args.max_bad_images:
+            raise too_many_bad_images(bad, args.max_bad_images)
+        if bad:
+            logger.warning(f"{len(bad)} of the images or shards cannot be read and are left out: {listed(bad)}.")
+        return samples, bad
     if args.num_classes is None:
-        columns = (args.image_column, args.caption_column)
-        samples = read_image_folder(args.train_data_dir, *columns, args.instance_prompt)
+        samples = read_image_folder(args.train_data_dir, args.image_column, *captions)
     else:
         columns = (args.image_column, args.label_column)
         samples, names = read_class_folder(args.train_data_dir, *columns, class_ids=class_ids(args))
         _add_classes(args, samples, names)
-    return check_images(samples, args.max_bad_images)
+    return check_images(samples, args.max_bad_images or 0)
 
 
 def _add_classes(args, samples, names):
@@ -261,33 +355,34 @@ def _add_classes(args, samples, names):
 
 
 def make_stream(args):
-    """The stream that the data flags describe. A folder was mostly read and checked with the flags already."""
-    if args.train_data_dir:
-        samples, bad = args.folder_samples or read_folder(args)
+    """The stream that the data flags describe. Files were mostly read and checked with the flags already."""
+    if args.streaming:
+        from streaming import open_stream
+
+        return open_stream(args)
+    if args.train_data_dir or args.train_shards:
+        samples, bad = args.samples or read_data(args)
     else:
         columns = {"image_column": args.image_column, "caption_column": args.caption_column}
         if args.num_classes is not None:
             columns |= {"label_column": args.label_column or "label", "class_ids": class_ids(args)}
         else:
-            columns["instance_prompt"] = args.instance_prompt
+            columns |= {"instance_prompt": args.instance_prompt, "caption_weights": args.caption_weights}
         samples = read_hub_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir)
         if args.num_classes is not None:
             _add_classes(args, samples, samples.names)
-        samples, bad = check_images(samples, args.max_bad_images)
+        samples, bad = check_images(samples, args.max_bad_images or 0)
     samples = limit_samples(samples, args.max_train_samples, args.seed)
     for prompt in (args.validation_prompts or ()) if args.num_classes is not None else ():
         label_of(args, prompt)  # is it a class?
-    return TrainingStream(
-        samples,
-        args.seed,
-        args.resolution,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
-        image_interpolation_mode=args.image_interpolation_mode,
-        proportion_empty_prompts=args.proportion_empty_prompts,
-        max_bad_images=args.max_bad_images,
-        bad=bad,
-    )
+    return TrainingStream(samples, bad=bad, **stream_settings(args))
+
+
+def stream_settings(args):
+    """What the flags say about training samples, whatever they are read from."""
+    names = "seed resolution center_crop random_flip image_interpolation_mode proportion_empty_prompts trigger_word"
+    settings = {name: getattr(args, name) for name in [*names.split(), "buckets"]}
+    return {**settings, "max_bad_images": args.max_bad_images or 0, "batch_size": args.train_batch_size}
 
 
 def class_images(args):
@@ -302,5 +397,5 @@ def make_prior_stream(args, stream):
     """The stream of the first --num_class_images of --class_data_dir; for --dry_run the images themselves will do."""
     if args.dry_run:
         return replace(stream)
-    samples, bad = check_images(class_images(args)[: args.num_class_images], args.max_bad_images)
+    samples, bad = check_images(class_images(args)[: args.num_class_images], args.max_bad_images or 0)
     return replace(stream, samples=samples, bad=bad)

@@ -71,9 +71,7 @@ def encode_ahead(args, family, batch):
         family.place(encoder=False)
     if args.cache_text_embeddings:
         with RealMasks():
-            family.cache_prompts(
-                batch["captions"], lambda captions, embed, _: [embed(caption) for caption in captions]
-            )
+            family.cache_prompts(batch["captions"], lambda captions, embed: {text: embed(text) for text in captions})
     return batch
 
 
@@ -271,7 +269,7 @@ def outlier_share(lpl, phi, first, growth):
     return 1 - valid.float().mean().item()
 
 
-HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "folder_samples", "hub_token", "dry_run")
+HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "samples", "hub_token", "dry_run")
 HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size")
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 

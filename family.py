@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from arguments import UserError
 from counters import without_values
+from disk_cache import files_hash, weights_hash
 from loading import (
     from_config_without_values,
     given_vae_config,
@@ -187,23 +188,28 @@ class Family:
 
     # Prompts
 
-    def encode_prompts(self, captions):
+    def encode_prompts(self, captions, rows=None):
         """Captions -> embeddings, name of the pipeline's argument -> `[B, ...]`; an empty one is no prompt.
 
         Embeddings whose length depends on the caption are a list of B tensors, so that no caption sees the others.
+        If embeddings are cached, `rows` are those of the captions, should they be at hand.
         """
         if self._embeddings is None:
             with self.on_device("text_encoders"):
                 return self._encode(captions)
-        rows = [self._embeddings[caption] for caption in captions]
+        rows = rows or [self._embeddings[caption] for caption in captions]
         if self.ragged:
             return {name: [row[name].to(self.device, non_blocking=True) for row in rows] for name in rows[0]}
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return {name: embeddings.to(self.device, non_blocking=True) for name, embeddings in stacked.items()}
 
     @torch.no_grad()
-    def cache_prompts(self, captions, share_work):
-        """Encode captions once, and take the text encoders off the device."""
+    def cache_prompts(self, captions, store):
+        """Encode captions once, and take the text encoders off the device.
+
+        `store` makes of a list of captions, and a function that encodes one, a map from caption to embeddings, which
+        is returned.
+        """
 
         def embed(caption):
             return {name: embedding[0].cpu() for name, embedding in self._encode([caption]).items()}
@@ -214,15 +220,28 @@ class Family:
         if in_the_way:
             self.denoiser.to("cpu")
         self.place(text_encoders=True)
-        self._embeddings = dict(zip(captions, share_work(captions, embed, "Caching text embeddings")))
+        self._embeddings = store(captions, embed)
         self.place(text_encoders=False)
         if in_the_way:
             self.denoiser.to(self.device)
+        return self._embeddings
+
+    def text_identity(self):
+        """All that a caption's embeddings depend on, for a cache on the disk."""
+        tokenizers = [self.pipe.components[name] for name in sorted(self.pipe.components) if "tokenizer" in name]
+        return {
+            "pipeline": [self.pipeline_class.__name__, diffusers.__version__, transformers.__version__],
+            "settings": [self.text_settings, self.pipe.config.get("force_zeros_for_empty_prompt")],
+            "tokenizers": files_hash(*filter(None, tokenizers)),
+            "weights": weights_hash(*self.text_encoders.values()),
+        }
 
     def conditioning(self, batch):
         """What the denoiser is told about a batch, for `predict`."""
         captions = batch["captions"]
-        return {"captions": captions} if self.args.train_text_encoder else self.encode_prompts(captions)
+        if self.args.train_text_encoder:
+            return {"captions": captions}
+        return self.encode_prompts(captions, batch.get("embeddings"))
 
     # Noise
 

@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
@@ -43,31 +43,50 @@ def open_image(source):
     return image
 
 
-def transform(image, resolution, center_crop, flip, interpolation, rng=None):
-    """Resizes the shorter side to `resolution`, mirrors the image if asked to, and crops a square.
+def image_size(source):
+    """(height, width) of an image as `load_image` gives it, from the head of its file: a path, bytes or open file.
+
+    Raises one of `IMAGE_ERRORS`.
+    """
+    with open_image(source) as image:
+        # A PNG is decoded to look for EXIF behind its pixels, where hardly anybody puts it.
+        looked_at = image.format != "PNG" or "exif" in image.info
+        turned = looked_at and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+
+def transform(image, size, center_crop, flip, interpolation, rng=None):
+    """Resizes an image so that it just covers `size`, mirrors it if asked to, and crops it.
 
     Args:
         image: RGB `PIL.Image`.
+        size: (height, width), or the side of a square.
         interpolation: `lanczos`, `bicubic`, `bilinear`, `box`, `hamming` or `nearest`; antialiased by Pillow.
         rng: `numpy.random.Generator` from which the crop is drawn, unless it is the centre.
 
     Returns: dict of pixel_values, float32 `[3, H, W]` in [-1, 1]; original_size, (height, width) of the image before
-        resizing; and crop_top_left, (top, left) of the crop in the resized and flipped image: SDXL's conditioning.
+        resizing; target_size, that of the crop; and crop_top_left, (top, left) of the crop in the resized and flipped
+        image: SDXL's conditioning.
     """
     original_size = (image.height, image.width)
-    width, height = (int(resolution * side / min(image.size)) for side in image.size)
+    target_height, target_width = (size, size) if isinstance(size, int) else size
+    if target_height * image.width >= target_width * image.height:  # the crop cuts off at the sides
+        height, width = target_height, target_height * image.width // image.height
+    else:
+        height, width = target_width * image.height // image.width, target_width
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling[interpolation.upper()])
     if flip:
         image = ImageOps.mirror(image)
     if center_crop:
-        top, left = round((height - resolution) / 2), round((width - resolution) / 2)
+        top, left = round((height - target_height) / 2), round((width - target_width) / 2)
     else:
-        top, left = int(rng.integers(height - resolution + 1)), int(rng.integers(width - resolution + 1))
-    image = image.crop((left, top, left + resolution, top + resolution))
+        top, left = int(rng.integers(height - target_height + 1)), int(rng.integers(width - target_width + 1))
+    image = image.crop((left, top, left + target_width, top + target_height))
     pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)  # [H, W, 3] -> [3, H, W]
     pixels = np.ascontiguousarray(pixels) / 127.5 - 1
-    return {"pixel_values": pixels, "original_size": original_size, "crop_top_left": (top, left)}
+    sizes = {"original_size": original_size, "target_size": (target_height, target_width)}
+    return {"pixel_values": pixels, **sizes, "crop_top_left": (top, left)}
 
 
 def reason(error):

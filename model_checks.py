@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arguments import UserError, check_unused
+from buckets import make_buckets, parse_buckets
 
 
 SIZES = (
@@ -199,15 +200,17 @@ def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
 
 
 def check_conditioning(args, index, pipeline, denoiser_config):
-    """Captions or class labels. Sets `num_classes` (None for captions) and `id2label`."""
+    """Captions or class labels. Sets `num_classes` (None for captions), `id2label` and what captions alone have."""
     labels = pipeline in CLASS_CONDITIONAL
     args.num_classes = None
     if labels:
         args.num_classes = denoiser_config.get("num_classes", denoiser_config.get("num_embeds_ada_norm", 1000))
         if not hasattr(args, "id2label"):  # else the data's names are there already
             args.id2label = {int(label): name for label, name in (index.get("id2label") or {}).items()}
-        captions = ["--caption_column", "--instance_prompt", "--with_prior_preservation", "--cache_text_embeddings"]
+        captions = "--caption_weights --caption_column --instance_prompt --trigger_word --with_prior_preservation"
+        captions = [*captions.split(), "--cache_text_embeddings"]
         check_unused(args, captions, f"the class labels of {pipeline}")
+        args.cache_text_embeddings = False  # which --latent_cache_dir stands for as well
         check_unused(args, ["--max_sequence_length"], pipeline)
         if pipeline == "DiTPipeline" and args.num_classes != 1000:
             raise UserError(
@@ -262,6 +265,7 @@ class Rules(NamedTuple):
     factor: int | None = None  # side of a latent in pixels, if that is fixed
     longest: float = math.inf  # text tokens that it takes at most; 0: a fixed number
     variance: bool = False  # may leave a predicted variance alone
+    squares: bool = False  # takes squares alone
 
 
 SHIFTED = Rules(vaes=("AutoencoderKL", "AutoencoderTiny"), shift=True, flow=True)
@@ -283,7 +287,7 @@ PIPELINES = {
     "PixArtAlphaPipeline": Rules(shift=False, variance=True),
     "PixArtSigmaPipeline": Rules(shift=False, variance=True),
     "HunyuanDiTPipeline": Rules(shift=False, factor=8, longest=0),
-    "DiTPipeline": Rules(vaes=ANY_SCALED, shift=False, variance=True),
+    "DiTPipeline": Rules(vaes=ANY_SCALED, shift=False, variance=True, squares=True),
     "ClassConditionalPipeline": Rules(vaes=ANY_SCALED, flow=None),
 }
 
@@ -394,7 +398,7 @@ def denoiser_of(pipeline):
 
 
 def check_resolution(args, pipeline, vae_config, denoiser_config):
-    """The resolution fits VAE and denoiser. Sets it if it is not given, and `latent_size`, the latents' side."""
+    """The images' sizes fit VAE and denoiser. Sets the resolution if it is not given, `latent_size` and `buckets`."""
     encoder, _, default, _ = VAES[vae_config["_class_name"]]
     factor = 2 ** (len(vae_config.get(encoder, range(default))) - 1)
     rules = PIPELINES[pipeline]
@@ -412,9 +416,9 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
     patch = factor
     if denoiser_of(pipeline) == "transformer":
         patch *= rules.patch or denoiser_config.get("patch_size", 1)
+    what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
     if args.resolution % patch:
         nearest = max(1, round(args.resolution / patch)) * patch
-        what = "the VAE's factor" if patch == factor else "the VAE's factor times the transformer's patches"
         raise UserError(f"--resolution {args.resolution} must be a multiple of {patch}, {what}: {nearest}?")
     args.latent_size = args.resolution // factor
     if pipeline == "DiTPipeline" and args.use_lora and made_for and args.latent_size != made_for:
@@ -422,17 +426,38 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
             f"--resolution {args.resolution}: DiTPipeline draws at the size its model was made for, "
             f"{made_for * factor} pixels, with a LoRA too: leave it out, or train all weights."
         )
-    name = "axes_lens" if pipeline in ("ZImagePipeline", "Lumina2Pipeline") else "pos_embed_max_size"
-    largest = denoiser_config.get(name)
-    if name == "axes_lens":
-        largest = min((largest or [math.inf])[1:], default=None)
-    elif pipeline == "AuraFlowPipeline":  # it counts both directions
+    name, tokens = room_for_images(pipeline, denoiser_config)
+    positions = f"the transformer has positions for {tokens * patch} pixels ({name})"
+    if args.resolution > tokens * patch:
+        raise UserError(f"--resolution {args.resolution}: {positions}, give that or less.")
+    args.buckets = buckets_of(args, pipeline, patch)
+    for height, width in args.buckets or ():
+        flag = f"--aspect_ratio_buckets {height},{width}"
+        if height % patch or width % patch:
+            raise UserError(f"{flag}: both sides must be multiples of {patch}, {what}.")
+        if max(height, width) > tokens * patch:
+            raise UserError(f"{flag}: {positions}, give sizes whose sides are that or less.")
+
+
+def room_for_images(pipeline, denoiser_config):
+    """What of a transformer's config says so, and the tokens that its positions have room for along a side."""
+    if pipeline in ("ZImagePipeline", "Lumina2Pipeline"):
+        return "axes_lens", min((denoiser_config.get("axes_lens") or [math.inf])[1:], default=math.inf)
+    largest = denoiser_config.get("pos_embed_max_size")
+    if pipeline == "AuraFlowPipeline":  # it counts both directions
         largest = math.isqrt(largest or 1024)
-    if largest and args.resolution > largest * patch:
-        raise UserError(
-            f"--resolution {args.resolution}: the transformer has positions for {largest * patch} pixels "
-            f"({name}), give that or less."
-        )
+    return "pos_embed_max_size", largest or math.inf
+
+
+def buckets_of(args, pipeline, patch):
+    """The sizes (height, width) of --aspect_ratio_buckets, or None; `patch` pixels are the unit of all sides."""
+    if args.aspect_ratio_buckets is None:
+        return None
+    if PIPELINES[pipeline].squares:
+        raise UserError(f"--aspect_ratio_buckets is not for {pipeline}, which takes squares alone: leave it out.")
+    if args.aspect_ratio_buckets == "auto":
+        return make_buckets(args.resolution, patch * math.ceil(args.resolution / (16 * patch)))
+    return parse_buckets(args.aspect_ratio_buckets)
 
 
 FLOW_FLAGS = "--weighting_scheme --logit_mean --logit_std --mode_scale".split()

@@ -97,8 +97,8 @@ class StableDiffusionXL(StableDiffusion):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def conditioning(self, batch):
-        target_size = torch.full_like(batch["original_sizes"], self.args.resolution)
-        time_ids = torch.cat([batch["original_sizes"], batch["crop_top_lefts"], target_size], dim=1)  # [B, 6]
+        names = ("original_sizes", "crop_top_lefts", "target_sizes")
+        time_ids = torch.cat([batch[name] for name in names], dim=1)  # [B, 6]
         time_ids = time_ids.to(self.device, torch.float32, non_blocking=True)  # bf16 rounds 1023 to 1024
         return {**super().conditioning(batch), "time_ids": time_ids}
 
@@ -497,8 +497,8 @@ class HunyuanDiT(Family):
         return embeddings
 
     def conditioning(self, batch):
-        target_size = torch.full_like(batch["original_sizes"], self.args.resolution)
-        sizes = torch.cat([batch["original_sizes"], target_size, batch["crop_top_lefts"]], dim=1)  # [B, 6]
+        names = ("original_sizes", "target_sizes", "crop_top_lefts")
+        sizes = torch.cat([batch[name] for name in names], dim=1)  # [B, 6]
         sizes = sizes.to(self.device, torch.float32, non_blocking=True)  # bf16 rounds 1023 to 1024
         return {**super().conditioning(batch), "image_meta_size": sizes}
 

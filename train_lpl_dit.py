@@ -174,8 +174,9 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * stream.num_samples / samples_per_step)
     if args.validation_steps is None:
-        steps_per_epoch = math.ceil(stream.num_samples / samples_per_step)
-        args.validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else 500
+        args.validation_steps = 500
+        if args.validation_epochs:
+            args.validation_steps = args.validation_epochs * math.ceil(stream.num_samples / samples_per_step)
 
     # The models: one to train, and what is frozen around it.
     weight_dtype = DTYPES[accelerator.mixed_precision]
@@ -210,14 +211,15 @@ def main(args):
     accelerator.register_for_checkpointing(lr_scheduler)
     global_step, position = 0, 0  # optimizer steps done, samples consumed
     if args.resume_from_checkpoint:
-        state = load_checkpoint(accelerator, args.resume_from_checkpoint, num_samples=stream.num_samples)
+        state = load_checkpoint(accelerator, args.resume_from_checkpoint, stream)
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
     start_run(accelerator, args, global_step)
     logger.info(
-        f"{stream.num_samples} samples; {args.max_train_steps} steps of {args.train_batch_size} samples x "
-        f"{accelerator.num_processes} processes x {args.gradient_accumulation_steps} forward passes; seed {args.seed}."
+        f"{stream.num_samples or 'A stream of'} samples; {args.max_train_steps} steps of {args.train_batch_size} "
+        f"samples x {accelerator.num_processes} processes x {args.gradient_accumulation_steps} forward passes; "
+        f"seed {args.seed}."
     )
 
     log = Log(accelerator, args, global_step)
@@ -256,8 +258,8 @@ def main(args):
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
         if global_step % args.checkpointing_steps == 0:
-            state = {"step": global_step, "position": position, "seed": args.seed, "num_samples": stream.num_samples}
-            save_checkpoint(accelerator, args, {**state, "lpl": lpl.state_dict() if lpl is not None else None})
+            state = {"step": global_step, "position": position, "lpl": lpl.state_dict() if lpl is not None else None}
+            save_checkpoint(accelerator, args, stream, state)
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, trained, ema, global_step)
 

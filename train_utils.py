@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from arguments import UserError, complete_checkpoints
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
+from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
 from model_checks import is_folder_name
 
 
@@ -131,14 +132,25 @@ def add_class_images(accelerator, args, family, stream):
 
 def cache(accelerator, args, family, stream):
     """Encode ahead what the flags say; all processes share the work, and the encoders leave the device."""
-    share = partial(share_work, accelerator)
+    share, folder = partial(share_work, accelerator), args.latent_cache_dir
     if args.cache_latents:
         with torch.no_grad(), family.on_device("encoder"):
             for images in filter(None, (stream, stream.prior)):
-                cache_latents(images, family.encode_images, share)
+                if folder is None:
+                    cache_latents(images, family.encode_images, share)
+                else:
+                    shared = (family.encode_images, family.vae, folder, args.dataloader_num_workers)
+                    cache_latents_on_disk(accelerator, images, *shared)
         family.place(encoder=False)
     if args.cache_text_embeddings:
-        family.cache_prompts({"", *all_captions(stream), *(args.validation_prompts or ())}, share)
+        prompts = {"", *all_captions(stream), *(args.validation_prompts or ())}
+        if folder is None:
+            title = "Caching text embeddings"
+            family.cache_prompts(prompts, lambda texts, embed: dict(zip(texts, share(texts, embed, title))))
+        else:
+            identity = family.text_identity()
+            on_disk = partial(cache_embeddings_on_disk, accelerator, identity=identity, folder=folder)
+            stream.embeddings = family.cache_prompts(prompts, on_disk)
 
 
 def make_optimizer(args, parameters, accelerator):
@@ -254,12 +266,14 @@ def register_checkpoint_models(accelerator, family, ema):
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator, args, state):
+def save_checkpoint(accelerator, args, stream, state):
     """Write `checkpoint-{step}` to a temporary folder, rename it, then remove old ones. All processes call this.
 
-    `state` (`step`, `position`, `seed`, `num_samples`, ...) goes to `training_state.json`, whose presence marks a
-    checkpoint as complete.
+    `state` (`step`, `position`, `lpl`), the seed and what the stream has to say go to `training_state.json`, whose
+    presence marks a checkpoint as complete.
     """
+    streams = gather_object([stream.state(state["position"], accelerator.num_processes)])
+    state = {**state, "seed": args.seed, "num_samples": stream.num_samples, "streams": streams}
     output = Path(args.output_dir)
     final, temporary = output / f"checkpoint-{state['step']}", output / f"tmp-checkpoint-{state['step']}"
     try:
@@ -284,14 +298,23 @@ def save_checkpoint(accelerator, args, state):
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, folder, num_samples):
+def load_checkpoint(accelerator, folder, stream):
     """Restore what `save_checkpoint` wrote and return its `state`. All processes call this."""
     state = read_training_state(folder)
-    if state["num_samples"] != num_samples:
+    if state["num_samples"] != stream.num_samples:
         raise UserError(
             f"--resume_from_checkpoint {folder}: that run had {state['num_samples']} samples, now there are "
-            f"{num_samples}; give it the same data, or start a new run from its weights with another --output_dir."
+            f"{stream.num_samples}; give it the same data, or start a new run from its weights with another "
+            "--output_dir."
         )
+    streams = state.get("streams") or [None]
+    if streams[0] is not None:
+        if len(streams) != accelerator.num_processes:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: with --streaming the order depends on the number of processes, "
+                f"which was {len(streams)}; start as many."
+            )
+        stream.load_state(streams[accelerator.process_index])
     try:
         accelerator.load_state(folder)
     except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise

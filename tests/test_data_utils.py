@@ -28,7 +28,7 @@ from data_sources import (
     read_hub_dataset,
     read_image_folder,
 )
-from data_utils import TrainingStream, all_captions, build_dataloader, cache_latents, read_folder
+from data_utils import TrainingStream, all_captions, build_dataloader, cache_latents, read_data
 from images import load_image, open_image, transform
 
 
@@ -948,12 +948,13 @@ def test_the_model_keeps_its_names_for_the_classes_that_it_knows(tmp_path):
     make_images(tmp_path, "white shark/1.png", "tabby, tabby cat/2.png", "volcano/3.png")
     known = {2: "great white shark, white shark", 281: "tabby, tabby cat", 980: "volcano", 134: "crane", 517: "crane"}
     args = Namespace(id2label=dict(known), num_classes=1000, train_data_dir=str(tmp_path), max_bad_images=0)
-    args.image_column = args.label_column = None
-    samples, _ = read_folder(args)
+    args.image_column = args.label_column = args.train_shards = None
+    args.caption_column = args.instance_prompt = args.caption_weights = None
+    samples, _ = read_data(args)
     assert {label for _, label in samples} == {2, 281, 980} and args.id2label == known
     make_images(tmp_path, "crane/4.png")  # which of the two?
     with pytest.raises(UserError, match="knows 3 of the 4 classes .* but not crane.*the numbers"):
-        read_folder(args)
+        read_data(args)
 
 
 def test_a_label_beyond_the_models_classes_is_refused_with_the_first_image(labelled):

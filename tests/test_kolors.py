@@ -46,6 +46,7 @@ def test_the_unet_is_called_as_the_pipeline_calls_it(kolors, photos, tmp_path, c
         pipe(PROMPTS, height=64, width=64, num_inference_steps=2, guidance_scale=2.0, **sizes)
         (inputs, timestep), theirs = spy.call_args_list[0]
         batch = {"captions": captions, "original_sizes": torch.tensor([[72, 80]] * 2)}
+        batch["target_sizes"] = torch.tensor([[64, 64]] * 2)
         conditioning = family.conditioning({**batch, "crop_top_lefts": torch.tensor([[3, 5]] * 2)})
         family.predict(family.denoiser, inputs[half], timestep.long().repeat(2), conditioning)
     (latents,), ours = spy.call_args

@@ -181,7 +181,7 @@ def test_the_unet_of_sdxl_is_called_as_the_pipeline_calls_it(tiny_sdxl, photos, 
     (latents, timestep), theirs = calls[0]
 
     batch = {"captions": ["", "a red fox"], "original_sizes": torch.tensor([[480, 640]] * 2)}
-    batch["crop_top_lefts"] = torch.tensor([[3, 5]] * 2)
+    batch |= {"crop_top_lefts": torch.tensor([[3, 5]] * 2), "target_sizes": torch.tensor([[64, 64]] * 2)}
     conditioning = family.conditioning(batch)  # a dropped caption is what guidance starts from
     family.predict(family.denoiser, latents, timestep.repeat(2).long(), conditioning)
     _, ours = calls[-1]

@@ -147,8 +147,6 @@ def stock_step(pipe, index=2, num_inference_steps=4, **settings):
         settings["class_labels"] = [207, 980]
     else:
         settings["prompt"] = list(PROMPTS)
-    if isinstance(pipe, diffusers.HunyuanDiTPipeline):
-        settings["target_size"] = (64, 64)  # as trained
     step = mock.patch.object(pipe.scheduler, "step", wraps=pipe.scheduler.step)
     with calls_of(pipe.transformer) as calls, step as spy:
         pipe(**settings)
@@ -207,6 +205,7 @@ def training_call(family, step, captions):
     family.denoiser.train()
     with calls_of(family.denoiser) as calls:
         sizes = {"original_sizes": torch.full((2, 2), 1024), "crop_top_lefts": torch.zeros(2, 2, dtype=torch.long)}
+        sizes["target_sizes"] = torch.tensor([[64, 96]] * 2)
         conditioning = family.conditioning({"captions": captions, **sizes})
         output = family.predict(family.denoiser, step.latents, timesteps, conditioning)
     assert len(calls) == 1

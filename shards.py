@@ -1,0 +1,339 @@
+"""Tar shards as webdataset writes them, as a sequence of samples: an index knows where in them each one lies.
+
+The files of a sample follow each other in its shard and have the same name up to the first dot: `000017.jpg`,
+`000017.txt`, `000017.json`, `000017.cls`. The index is built once, by one process of a machine with the others
+waiting, and read from the disk as it is needed. It lies in `--cache_dir`; shards whose size or time has changed are
+read again. Torch is not imported.
+"""
+
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import secrets
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+from tqdm.auto import tqdm
+
+from arguments import UserError
+from captions import is_blank, is_caption, join_columns
+from images import IMAGE_ERRORS, IMAGE_EXTENSIONS, image_size, reason
+
+
+VERSION = 1  # of the index; one of another version is built anew
+FILES = ("image", "txt", "json")
+PLACE = [("offset", "u8"), ("size", "u4")]  # in the shard; of a file that is not there the size is 0
+ROW = np.dtype(
+    [("shard", "u4"), *((kind, PLACE) for kind in FILES), ("label", "i4"), ("height", "u4"), ("width", "u4")]
+)
+CAPTIONS = ("txt", "caption", "text")  # where a caption is looked for
+
+
+def open_shards(patterns, image_column=None, cache_dir=None):
+    """Opens shards through their index, which is built if it is not there.
+
+    Args:
+        patterns: paths, in which `{000000..001242}` and `*` stand for many.
+        image_column: the extension of the images, if a sample has several.
+        cache_dir: where the index is kept; by default in Hugging Face's cache.
+
+    Returns: `ShardSamples`, and {name: reason} of what can't be used: shards that are not there, cut or no tar files,
+        and samples without an image. Raises `UserError` if there is not one sample.
+    """
+    paths, image_column = _expand(patterns), image_column and image_column.lower().lstrip(".")
+    identity = json.dumps([VERSION, image_column, paths])
+    folder = Path(cache_dir or HF_HOME, "lpl_shards", hashlib.sha256(identity.encode()).hexdigest()[:16])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            shards, rows = _update_index(folder, paths, image_column)
+    except OSError as error:
+        raise UserError(
+            f"the index of --train_shards can't be kept in {folder} ({reason(error)}): name another folder "
+            "with --cache_dir."
+        ) from error
+    bad = {name: why for shard in shards for name, why in shard.bad}
+    if not len(rows):
+        name, why = next(iter(bad.items()))
+        raise UserError(f"--train_shards: there is no image in {len(paths)} shards (first: {name}, {why}).")
+    return ShardSamples(paths, rows, np.arange(len(rows))), bad
+
+
+def _expand(patterns):
+    """The absolute paths of all shards, each once, in the order given. Raises `UserError`."""
+    try:
+        words = [word for pattern in patterns for word in braceexpand(os.path.expanduser(pattern))]
+    except UnbalancedBracesError:
+        raise UserError(f"--train_shards {' '.join(patterns)}: a brace is open; write {{000000..001242}}.") from None
+    if any("://" in word or word.startswith("pipe:") for word in words):
+        raise UserError(
+            "--train_shards takes files; download them first (`hf download`), or use --dataset_name with --streaming."
+        )
+    packed = [word for word in words if word.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst"))]
+    if packed:
+        raise UserError(
+            f"--train_shards {packed[0]}: in a compressed shard no sample can be found without reading all "
+            "before it; unpack it to a .tar."
+        )
+    paths = [path for word in words for path in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])]
+    if not any(map(os.path.isfile, paths)):
+        raise UserError(f"--train_shards {' '.join(patterns)}: there is no such file.")
+    return list(dict.fromkeys(os.path.abspath(path) for path in paths))
+
+
+# The index: `index.json` has of each shard what `_Shard` says, and the rows of all are in a file that is mapped into
+# memory.
+
+
+@dataclass
+class _Shard:
+    path: str
+    size: int | None  # None: there is no such file
+    time: int | None  # of its last change, in ns
+    rows: int = 0  # samples
+    bad: tuple = ()  # (name, reason) of what can't be used
+
+    def is_like(self, other):
+        return other is not None and (self.size, self.time) == (other.size, other.time)
+
+
+def _update_index(folder, paths, image_column):
+    """Reads the index in a folder, or brings it up to date. Returns its `_Shard`s and rows."""
+    old_shards, old_rows = _read_index(folder)
+    shards = [_stat(path) for path in paths]
+    if [shard.path for shard in old_shards] == paths and all(map(_Shard.is_like, shards, old_shards)):
+        return old_shards, old_rows
+    starts = np.cumsum([0] + [shard.rows for shard in old_shards])
+    known = {shard.path: (shard, start) for shard, start in zip(old_shards, starts)}
+    new = [shard.path for shard in shards if not shard.is_like(known.get(shard.path, (None,))[0])]
+    done, parts = [], [np.empty(0, ROW)]
+    hide = os.environ.get("LOCAL_RANK", "0") != "0"
+    try:
+        with _processes(len(new)) as map_in_processes:
+            scanned = map_in_processes(partial(_scan_shard, image_column=image_column), new)
+            scanned = iter(tqdm(scanned, desc="Indexing shards", total=len(new), disable=hide))
+            for shard in shards:
+                old, start = known.get(shard.path, (None, 0))
+                if shard.is_like(old):
+                    rows, bad = np.array(old_rows[start : start + old.rows]), old.bad
+                else:
+                    rows, bad = next(scanned)
+                rows["shard"] = len(done)
+                parts.append(rows)
+                done.append(replace(shard, rows=len(rows), bad=bad))
+    finally:  # what is done need not be done again after an interruption
+        _write_index(folder, done, np.concatenate(parts))
+    return _read_index(folder)
+
+
+def _stat(path):
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _Shard(path, None, None)
+    return _Shard(path, status.st_size, status.st_mtime_ns)
+
+
+def _read_index(folder):
+    """The `_Shard`s and the memory-mapped rows; none of both if there is no index, or it is damaged."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        rows = np.load(folder / index["rows"], mmap_mode="r")
+        shards = [_Shard(**shard) for shard in index["shards"]]
+        if rows.dtype == ROW and len(rows) == sum(shard.rows for shard in shards):
+            return shards, rows
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return [], np.empty(0, ROW)
+
+
+def _write_index(folder, shards, rows):
+    """Written anew beside the old one, which other runs may have mapped, and then put in its place."""
+    name = f"rows-{secrets.token_hex(4)}.npy"
+    np.save(folder / name, rows)
+    index = {"rows": name, "shards": [asdict(shard) for shard in shards]}
+    (folder / "index.tmp").write_text(json.dumps(index))
+    os.replace(folder / "index.tmp", folder / "index.json")
+    for old in folder.glob("rows-*.npy"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _processes(num_tasks):
+    """A `map` that shares work among processes, where these can start without importing everything again."""
+    workers = min(num_tasks, os.cpu_count() or 1)
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        yield map
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        yield pool.map
+
+
+def _scan_shard(path, image_column):
+    """The rows of a shard, in its order, and what is bad in it, [(name, reason)]."""
+    rows, bad = [], []
+
+    def add(tar, key, files):
+        try:
+            rows.append(_row(tar, files))
+        except IMAGE_ERRORS as error:
+            bad.append((f"{files['image'].name if 'image' in files else key} in {path}", reason(error)))
+
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            key, files = None, {}
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # else it keeps them all
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                if not member.isfile() or not stem:
+                    continue
+                if os.path.join(folder, stem) != key:
+                    if key is not None:
+                        add(tar, key, files)
+                    key, files = os.path.join(folder, stem), {}
+                files.setdefault(_kind(extension.lower(), image_column), member)
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it has no end, so it was cut")
+            if key is not None:
+                add(tar, key, files)
+    except (OSError, tarfile.TarError) as error:  # the last sample, which may be incomplete, is left out as well
+        at = f" after {len(rows)} samples" if rows else ""
+        bad.append((path, reason(error) + at))
+    return np.array(rows, ROW), bad
+
+
+def _kind(extension, image_column):
+    """image, txt, json or cls, or None for files of which no use is made."""
+    if extension in ("txt", "json", "cls"):
+        return extension
+    is_image = "." + extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    return "image" if is_image and image_column in (None, extension) else None
+
+
+def _row(tar, files):
+    """A sample's row. Raises one of `IMAGE_ERRORS`."""
+    if "image" not in files:
+        raise ValueError("there is no image beside it")
+    places = [(files[kind].offset_data, files[kind].size) if kind in files else (0, 0) for kind in FILES]
+    with tar.extractfile(files["image"]) as file:
+        size = image_size(file)
+    label = -1
+    if "cls" in files:
+        text = tar.extractfile(files["cls"]).read().decode(errors="replace").strip()
+        if not text.isdecimal():
+            raise ValueError(f"its .cls holds {text!r:.40} and no class number")
+        label = int(text)
+    return 0, *places, label, *size
+
+
+@dataclass
+class ShardSamples:
+    """The samples of shards as (image bytes, caption or label) pairs, read one at a time.
+
+    Captions are those of `caption_columns`: `txt` is the text file, other names are fields of the json file. Without
+    them it is the text file, or else the json file's `caption` or `text`.
+    """
+
+    paths: list  # of the shards
+    rows: np.ndarray  # [..] ROW, of all samples that the shards have
+    indices: np.ndarray  # [N], the rows that are used
+    caption_columns: list | None = None
+    caption_weights: list | None = None
+    instance_prompt: str | None = None  # the caption of samples that have none
+    labels: np.ndarray | None = None  # [..] int, of all rows, in place of captions
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        """Raises OSError or ValueError if a file can't be read or there is no caption."""
+        row = self.rows[self.indices[index]]
+        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+            return _read(shard, row["image"]), self._caption(index, row, shard)
+
+    def caption(self, index):
+        """The caption or label without the image."""
+        row = self.rows[self.indices[index]]
+        if self.labels is not None:
+            return self._caption(index, row, None)
+        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+            return self._caption(index, row, shard)
+
+    def _caption(self, index, row, shard):
+        if self.labels is not None:
+            return int(self.labels[self.indices[index]])
+        fields = self._fields(row, shard)
+        columns = self.caption_columns or [next((name for name in CAPTIONS if not is_blank(fields.get(name))), "txt")]
+        caption = join_columns([fields.get(name) for name in columns], self.caption_weights)
+        caption = self.instance_prompt if is_blank(caption) else caption
+        if not is_caption(caption):
+            raise ValueError("it has no caption" if is_blank(caption) else f"its caption is no text: {caption!r:.40}")
+        return caption
+
+    def fields(self, index):
+        """What is known of a sample: the fields of its json file, and the text file's text as `txt`."""
+        row = self.rows[self.indices[index]]
+        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+            return self._fields(row, shard)
+
+    @staticmethod
+    def _fields(row, shard):
+        fields = json.loads(_read(shard, row["json"])) if row["json"]["size"] else {}
+        if not isinstance(fields, dict):
+            raise ValueError("its .json holds no fields")
+        if row["txt"]["size"]:
+            fields["txt"] = " ".join(_read(shard, row["txt"]).decode("utf-8-sig").split())
+        return fields
+
+    def captions(self):
+        """The caption or label of each sample that has one, None of the others, without reading the images."""
+        for index in range(len(self)):
+            try:
+                yield self.caption(index)
+            except (OSError, ValueError):
+                yield None
+
+    def sizes(self):
+        """(height, width) of the images, `[N, 2]`."""
+        rows = self.rows[self.indices]
+        return np.stack([rows["height"], rows["width"]], axis=1)
+
+    def files_identity(self):
+        digest = hashlib.sha256(repr([_stat(path) for path in self.paths]).encode())
+        digest.update(np.ascontiguousarray(self.rows[self.indices]).view(np.uint8))
+        return digest.hexdigest()[:32]
+
+    def select(self, indices):
+        return replace(self, indices=self.indices[indices])
+
+    def name(self, index):
+        row = self.rows[self.indices[index]]
+        path, start = self.paths[row["shard"]], int(row["image"]["offset"]) - tarfile.BLOCKSIZE
+        try:
+            with open(path, "rb") as shard:
+                shard.seek(start)
+                member = tarfile.TarInfo.frombuf(shard.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+        except (OSError, tarfile.TarError):
+            member = f"the image at byte {start}"
+        return f"{member} in {path}"
+
+
+def _read(shard, place):
+    shard.seek(int(place["offset"]))
+    content = shard.read(int(place["size"]))
+    if len(content) < place["size"]:
+        raise OSError("the shard has become shorter")
+    return content
