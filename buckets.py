@@ -20,8 +20,9 @@ def make_buckets(resolution, unit):
     area, low = resolution**2, resolution / MAX_RATIO**0.5
     sides = [unit * i for i in range(int(np.ceil(low / unit)), int(resolution * MAX_RATIO**0.5 / unit) + 1)]
     sizes = {(side, int(area / side / unit) * unit) for side in sides}
-    sizes |= {(width, height) for height, width in sizes} | {(resolution, resolution)}
-    return sorted(size for size in sizes if max(size) <= MAX_RATIO * min(size))
+    sizes |= {(width, height) for height, width in sizes}
+    sizes = {size for size in sizes if min(size) < max(size) <= MAX_RATIO * min(size)}
+    return sorted(sizes | {(resolution, resolution)})
 
 
 def parse_buckets(text):
@@ -35,6 +36,11 @@ def parse_buckets(text):
             f"--aspect_ratio_buckets {text!r}: give sizes as height,width;height,width (such as '1024,1024;832,1216') "
             "or, for those that follow from --resolution, none."
         ) from None
+    if len({height / width for height, width in set(sizes)}) < len(set(sizes)):
+        raise UserError(
+            f"--aspect_ratio_buckets {text!r}: two of the sizes have the same shape, and images are sorted by theirs: "
+            "leave one out."
+        )
     return sorted(set(sizes))
 
 

@@ -398,4 +398,4 @@ def make_prior_stream(args, stream):
     if args.dry_run:
         return replace(stream)
     samples, bad = check_images(class_images(args)[: args.num_class_images], args.max_bad_images or 0)
-    return replace(stream, samples=samples, bad=bad)
+    return replace(stream, samples=samples, bad=bad, trigger_word=None)

@@ -216,7 +216,7 @@ def measure_blocks(args, family, lpl, batch):
     whole = make_lpl(all_blocks, vae, measured.unscale)
 
     unit = args.resolution // args.latent_size * family.pack
-    side = min(args.resolution, PIXELS // unit * unit)
+    side = min(args.resolution, PIXELS, *batch["pixel_values"].shape[-2:]) // unit * unit
     pictures = centre_crop(batch["pixel_values"][:PICTURES], side)
     generators = sample_generators(args.seed, batch["positions"][:PICTURES], purpose=1)
     samples = []
@@ -270,7 +270,7 @@ def outlier_share(lpl, phi, first, growth):
 
 
 HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "samples", "hub_token", "dry_run")
-HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size")
+HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size", "buckets")
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -287,7 +287,7 @@ def report_settings(args, family, ema):
         for name in sorted(names):
             value = settings[name]
             if value is not None and (value is not False or name in given):
-                print(f"  --{name} {' '.join(value) if isinstance(value, list) else value}")
+                print(f"  --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
 def report(args, count, family, lpl, tau):

@@ -16,6 +16,9 @@ CALIBRATION_SAMPLES = 16  # with little enough noise
 
 def make_lpl(args, vae, unscale=None):
     """The Latent Perceptual Loss that the `--lpl_` flags describe. Raises UserError if this VAE can't give it."""
+    if args.lpl_compile and args.buckets:  # each block is compiled for every size, which torch takes for a mistake
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, len(args.buckets) * (args.lpl_num_blocks + 1))
     try:
         lpl = LatentPerceptualLoss(
             vae,

@@ -201,7 +201,7 @@ def test_resolution_that_the_vae_cannot_halve(refuse):
 
 
 def test_no_data(refuse, tmp_path):
-    assert "--train_data_dir FOLDER or --dataset_name ID" in refuse(data=())
+    assert "--train_data_dir FOLDER, --dataset_name ID, or --train_shards TARS" in refuse(data=())
     assert "--train_data_dir" in refuse(data=("--train_data_dir", tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     assert "--train_data_dir" in refuse(data=("--train_data_dir", tmp_path / "empty"))
@@ -354,7 +354,7 @@ def test_exactly_these_flags_of_the_diffusers_scripts_are_refused(folder, all_in
             refused.add(flag)
     assert refused == set(
         "--input_perturbation --dream_training --dream_detail_preservation --non_ema_revision --local_rank "
-        "--enable_npu_flash_attention --debug_loss --aspect_ratio_buckets --adam_weight_decay_text_encoder "
+        "--enable_npu_flash_attention --debug_loss --adam_weight_decay_text_encoder "
         "--weighting_scheme --logit_mean --logit_std --mode_scale --guidance_scale --max_sequence_length --offload "
         "--bnb_quantization_config_path --upcast_before_saving "
         # DreamBooth's and one family's; the rest of REFUSED are flags here, see test_arguments_dit.py
