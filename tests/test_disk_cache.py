@@ -18,7 +18,7 @@ import torch
 from conftest import read_log
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from tiny_models import build_photo_folder, build_tiny_vae
 
 import disk_cache
@@ -141,7 +141,7 @@ def test_a_damaged_or_foreign_entry_is_made_anew(train, tmp_path, counted, kind,
     flags = (*FLAGS, "--latent_cache_dir", tmp_path / "cache", "--lpl_weight", 0)
     clean = train(*flags, steps=2, name="first")
     path, other = entries(tmp_path / "cache", kind)[:2]
-    content, values = path.read_bytes(), load_file(path)
+    content, values = path.read_bytes(), load(path.read_bytes())
     forget(counted)
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
@@ -155,7 +155,7 @@ def test_a_damaged_or_foreign_entry_is_made_anew(train, tmp_path, counted, kind,
         save_file({"posterior": torch.zeros(1)}, path)
     again = train(*flags, steps=2, name="second")
     assert sum(map(len, counted.values())) == 1
-    made = load_file(path)
+    made = load(path.read_bytes())
     assert made.keys() == values.keys() and all(made[name].equal(values[name]) for name in values)
     assert losses(again) == losses(clean)
 
