@@ -181,7 +181,7 @@ def _read_folder(train_data_dir, image_column):
     if not images:
         raise UserError(
             f"--train_data_dir {train_data_dir} contains no images ({' '.join(IMAGE_EXTENSIONS)}); give a folder of "
-            "image files, or name a dataset or its parquet file with --dataset_name."
+            "image files, or name a dataset or its parquet file with --dataset_name, or tar files with --train_shards."
         )
     return images, [(path, row) for path in metadata_paths for row in _read_metadata(path)]
 
@@ -426,7 +426,7 @@ def read_hub_dataset(
 
     dataset = open_split(dataset_name, dataset_config_name, train_data_dir, cache_dir)
     choice = (image_column, caption_column, label_column, instance_prompt)
-    image_column, columns = choose_columns(dataset_name, dataset.column_names, *choice)
+    image_column, columns = choose_columns(dataset_name, dataset.features, *choice)
     dataset = undecoded(dataset, image_column, dataset_name)
     rows = np.arange(len(dataset))
     samples = HubSamples(dataset, image_column, columns, rows, caption_weights, instance_prompt=instance_prompt)
@@ -463,14 +463,24 @@ def open_split(dataset_name, dataset_config_name=None, train_data_dir=None, cach
         ) from None
 
 
-def choose_columns(dataset_name, names, image_column, caption_column, label_column=None, instance_prompt=None):
-    """The image column, and a list of those with captions or the label. Raises `UserError`."""
-    image_column = image_column or ("image" if "image" in names else names[0])
+def choose_columns(dataset_name, features, image_column, caption_column, label_column=None, instance_prompt=None):
+    """The image column, and a list of those with captions or the label. Raises `UserError`.
+
+    `features` is {name: type}. Without a name the first of images, and `text` (`txt` if the dataset is of tar shards)
+    or else the first of the other columns.
+    """
+    from datasets import Image
+
+    names = list(features)
+    if image_column is None:
+        images = [name for name in names if isinstance(features[name], Image)]
+        image_column = "image" if "image" in names else (images or names)[0]
     others = [name for name in names if name != image_column]
     column_flag = "--caption_column" if label_column is None else "--label_column"
     columns = as_list(label_column or caption_column)
-    if not columns and (instance_prompt is None or "text" in others):
-        columns = ["text" if "text" in others else next(iter(others), "text")]
+    usual = [name for name in ("text", "txt") if name in others]
+    if not columns and (instance_prompt is None or usual):
+        columns = [(usual or others or ["text"])[0]]
     for flag, column in (("--image_column", image_column), *((column_flag, column) for column in columns)):
         if column not in names:
             raise UserError(

@@ -56,7 +56,7 @@ class HubStream(TrainingStream):
     columns: list = field(default_factory=list)  # with captions, or the one with class labels
     caption_weights: list | None = None
     instance_prompt: str | None = None
-    label_of: object | None = None  # value of the column -> class label
+    to_label: object | None = None  # value of the column -> class label
     block_size: int = 1000
     rows_read: int = 0  # by this process
     places: dict = field(default_factory=lambda: {0: Place()})  # start -> `Place`, of the blocks that were begun
@@ -132,7 +132,7 @@ class HubStream(TrainingStream):
         """Name, image file and caption or label of a row."""
         image = row[self.image_column] or {"bytes": None, "path": None}
         values = [row[column] for column in self.columns]
-        caption = values[0] if self.label_of else join_columns(values or [None], self.caption_weights)
+        caption = values[0] if self.to_label else join_columns(values or [None], self.caption_weights)
         caption = self.instance_prompt if is_blank(caption) else caption
         return name, image["bytes"] or image["path"] or b"", caption
 
@@ -149,8 +149,8 @@ class HubStream(TrainingStream):
 
     def _view(self, row, flip, rng):
         _, image, caption = row
-        if self.label_of is not None:
-            caption = self.label_of(caption)
+        if self.to_label is not None:
+            caption = self.to_label(caption)
         elif not is_caption(caption):
             raise ValueError("it has no caption" if is_blank(caption) else f"its caption is no text: {caption!r:.40}")
         size, interpolation = (self.resolution,) * 2, self.image_interpolation_mode
@@ -236,8 +236,11 @@ def open_stream(args):
     with_labels = args.num_classes is not None
     label_column = (args.label_column or "label") if with_labels else None
     columns = (args.image_column, args.caption_column, label_column, args.instance_prompt)
-    image_column, columns = choose_columns(args.dataset_name, dataset.column_names, *columns)
-    features = dataset.features[label_column] if with_labels else None
+    image_column, columns = choose_columns(args.dataset_name, dataset.features, *columns)
+    to_label = None
+    if with_labels:
+        own_names = getattr(dataset.features[label_column], "names", [])
+        to_label = partial(_label, own_names, class_ids(args), args.num_classes)
     dataset = undecoded(dataset.select_columns([image_column, *columns]), image_column, args.dataset_name)
     for prompt in (args.validation_prompts or ()) if with_labels else ():
         label_of(args, prompt)  # is it a class?
@@ -247,9 +250,7 @@ def open_stream(args):
         columns=columns,
         caption_weights=args.caption_weights,
         instance_prompt=args.instance_prompt,
-        label_of=partial(_label, getattr(features, "names", []), class_ids(args), args.num_classes)
-        if with_labels
-        else None,
+        to_label=to_label,
         block_size=args.shuffle_buffer_size,
         **stream_settings(args) | {"max_bad_images": args.max_bad_images},
     )
