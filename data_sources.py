@@ -49,7 +49,7 @@ def read_image_folder(
 
     Returns: a list of (path, caption), sorted by path. Raises `UserError` for whatever is missing or malformed.
     """
-    images, rows = _read_folder(train_data_dir, image_column)
+    images, rows = read_folder(train_data_dir, image_column)
     columns = as_list(caption_column)
     if not rows:
         if columns:
@@ -69,7 +69,7 @@ def read_image_folder(
 
 def _read_text_files(train_data_dir, images, instance_prompt):
     """Images with the captions that lie beside them."""
-    samples = [(path, _read_caption(os.path.splitext(path)[0] + ".txt")) for path in images]
+    samples = [(path, read_caption(os.path.splitext(path)[0] + ".txt")) for path in images]
     without = [path for path, caption in samples if is_blank(caption)]
     if without and instance_prompt is None:
         if len(without) == len(samples):
@@ -85,7 +85,7 @@ def _read_text_files(train_data_dir, images, instance_prompt):
     return _fill(samples, instance_prompt)
 
 
-def _read_caption(path):
+def read_caption(path):
     """What a text file says, in one line; None if there is no such file."""
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -120,7 +120,7 @@ def read_class_folder(train_data_dir, image_column=None, label_column=None, clas
     Returns: a list of (path, int label), sorted by path, and {label: name} of the labels that occur. Raises
         `UserError` for whatever is missing, malformed or ambiguous.
     """
-    images, rows = _read_folder(train_data_dir, image_column)
+    images, rows = read_folder(train_data_dir, image_column)
     if not rows:
         if label_column is not None:
             raise UserError(
@@ -168,7 +168,7 @@ def _read_class_sub_folders(train_data_dir, images, class_ids):
     return [(path, labels[inner[0]]) for path, inner in zip(images, parts)], names
 
 
-def _read_folder(train_data_dir, image_column):
+def read_folder(train_data_dir, image_column):
     """The paths of all images in a folder, as a set, and all metadata rows, each with the path of its file."""
     if image_column not in (None, "image", "file_name"):
         raise UserError(
@@ -183,7 +183,7 @@ def _read_folder(train_data_dir, image_column):
             f"--train_data_dir {train_data_dir} contains no images ({' '.join(IMAGE_EXTENSIONS)}); give a folder of "
             "image files, or name a dataset or its parquet file with --dataset_name, or tar files with --train_shards."
         )
-    return images, [(path, row) for path in metadata_paths for row in _read_metadata(path)]
+    return images, [(path, row) for path in metadata_paths for row in read_metadata_file(path)]
 
 
 def scan_folder(folder):
@@ -200,7 +200,7 @@ def scan_folder(folder):
     return images, metadata_paths
 
 
-def _read_metadata(path):
+def read_metadata_file(path):
     """The rows of a metadata file: dicts with a file_name."""
     rows = []
     try:
@@ -395,8 +395,12 @@ class HubSamples:
         return f"row {self.rows[index]} of the dataset"
 
     def __getitem__(self, index):
+        return self.image(index), self.caption(index)
+
+    def image(self, index):
+        """The image's file or its path, whether there is a caption or not."""
         image = self.dataset[int(self.rows[index])][self.image_column] or {"bytes": None, "path": None}
-        return image["bytes"] or image["path"] or b"", self.caption(index)
+        return image["bytes"] or image["path"] or b""
 
 
 def read_hub_dataset(
@@ -598,7 +602,7 @@ def caption_of(samples, index):
 
 def image_bytes(samples, index):
     """The file of a sample's image. Raises one of `IMAGE_ERRORS`."""
-    image = samples[index][0]
+    image = samples[index][0] if isinstance(samples, list) else samples.image(index)
     if isinstance(image, bytes):
         return image
     with open(image, "rb") as file:

@@ -264,6 +264,12 @@ class ShardSamples:
         with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
             return _read(shard, row["image"]), self._caption(index, row, shard)
 
+    def image(self, index):
+        """The image's file, whether there is a caption or not. Raises OSError."""
+        row = self.rows[self.indices[index]]
+        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+            return _read(shard, row["image"])
+
     def caption(self, index):
         """The caption or label without the image."""
         row = self.rows[self.indices[index]]
