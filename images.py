@@ -32,7 +32,8 @@ def load_image(source):
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image.load()  # what `exif_transpose` may have left to do
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def open_image(source):
@@ -83,8 +84,9 @@ def transform(image, size, center_crop, flip, interpolation, rng=None):
     else:
         top, left = int(rng.integers(height - target_height + 1)), int(rng.integers(width - target_width + 1))
     image = image.crop((left, top, left + target_width, top + target_height))
-    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)  # [H, W, 3] -> [3, H, W]
-    pixels = np.ascontiguousarray(pixels) / 127.5 - 1
+    pixels = np.empty((3, target_height, target_width), np.float32)
+    np.divide(np.asarray(image).transpose(2, 0, 1), np.float32(127.5), out=pixels)  # from [H, W, 3]
+    pixels -= 1
     sizes = {"original_size": original_size, "target_size": (target_height, target_width)}
     return {"pixel_values": pixels, **sizes, "crop_top_left": (top, left)}
 
