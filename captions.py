@@ -7,7 +7,7 @@ a tuple of (weight, string or list) pairs. Class labels, integers, pass through.
 
 def is_blank(caption):
     """Whether there is no text; a list has one as soon as it has an element."""
-    return caption is None or isinstance(caption, str) and not caption.strip()
+    return caption is None or caption == [] or isinstance(caption, str) and not caption.strip()
 
 
 def is_caption(caption):
@@ -41,6 +41,12 @@ def all_texts(caption):
     if isinstance(caption, tuple):
         return {text for _, part in caption for text in all_texts(part)}
     return set(caption) if isinstance(caption, list) else {caption}
+
+
+def label_number(value):
+    """A class label from 0 on, given as an integer or its digits; -1 of anything else."""
+    is_number = isinstance(value, (int, str)) and not isinstance(value, bool) and str(value).strip().isdecimal()
+    return int(value) if is_number and int(value) < 2**31 else -1
 
 
 def with_trigger_word(text, word):

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from arguments import UserError
-from captions import is_blank, is_caption, join_columns
+from captions import is_blank, is_caption, join_columns, label_number
 from images import IMAGE_ERRORS, IMAGE_EXTENSIONS, image_size, open_image, reason
 from shards import open_shards
 
@@ -159,7 +159,7 @@ def _read_class_sub_folders(train_data_dir, images, class_ids):
             f"(first: {outside[0]}); move them into the sub-folders of their classes, or remove them."
         )
     classes = sorted({inner[0] for inner in parts})
-    labels = _known_labels(classes, class_ids)
+    labels = known_labels(classes, class_ids)
     if labels is not None:
         names = _class_names(labels, class_ids)
     else:
@@ -303,7 +303,7 @@ def _parse_labels(values, sample_name, column, class_ids):
     """
     texts = [str(value).strip() if isinstance(value, (int, str)) else "" for value in values]
     classes = sorted(set(texts) - {""})
-    labels = _known_labels(classes, class_ids)
+    labels = known_labels(classes, class_ids)
     if labels is None and not class_ids and "" not in texts and not any(map(str.isdecimal, classes)):
         return [classes.index(text) for text in texts], dict(enumerate(classes))  # a new model's, in sorted order
     if labels is None:
@@ -318,7 +318,7 @@ def _parse_labels(values, sample_name, column, class_ids):
     return [labels[text] for text in texts], _class_names(labels, class_ids)
 
 
-def _known_labels(classes, class_ids):
+def known_labels(classes, class_ids):
     """{class: label} if the classes are numbers or all are names in `class_ids`; None if they are other names.
 
     Raises `UserError` if only some are in `class_ids`: numbers for the others would be those of other classes.
@@ -444,7 +444,7 @@ def read_hub_dataset(
     values = list(itertools.chain.from_iterable(batch[label_column] for batch in batches))
     feature = dataset.features[label_column]
     own_names = feature.names if isinstance(feature, datasets.ClassLabel) else []
-    if own_names and _known_labels(own_names, class_ids) is not None:  # the model may number these classes otherwise
+    if own_names and known_labels(own_names, class_ids) is not None:  # the model may number these classes otherwise
         values = [own_names[value] if 0 <= (-1 if value is None else value) else value for value in values]
         own_names = []
     labels, names = _parse_labels(values, "row {}".format, label_column, class_ids)
@@ -499,6 +499,9 @@ def undecoded(dataset, image_column, dataset_name):
     import datasets
 
     try:
+        feature = dataset.features[image_column]
+        if isinstance(feature, datasets.Value) and feature.dtype.removeprefix("large_") not in ("binary", "string"):
+            raise ValueError  # a stream would say so as late as its first row
         return dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError):
         raise UserError(
@@ -544,19 +547,21 @@ def read_shards(
     samples, bad = open_shards(patterns, image_column, cache_dir)
     if label_column is not None:
         labels = samples.rows["label"] if label_column == "cls" else _labels_from_json(samples, label_column)
-        has_caption = labels >= 0
         samples = replace(samples, labels=labels)
+        has_caption = labels[samples.indices] >= 0
     else:
         columns = as_list(caption_column) or None
         captions = {"caption_columns": columns, "caption_weights": caption_weights}
         samples = replace(samples, **captions, instance_prompt=instance_prompt)
-        has_caption = (samples.rows["txt"]["size"] > 0) | (samples.rows["json"]["size"] > 0)
-        if instance_prompt is not None:
-            has_caption[:] = True
+        sizes = [samples.rows[kind]["size"][samples.indices] for kind in ("txt", "json")]
+        has_caption = (np.maximum(*sizes) > 0) | (instance_prompt is not None)
     what = f"class label ({label_column})" if label_column is not None else "caption"
     first = min(100, len(samples))
     if not has_caption.any() or all(caption is None for caption in samples.select(range(first)).captions()):
-        fields = ", ".join(sorted(samples.fields(0))) or "none"
+        try:
+            fields = ", ".join(sorted(samples.fields(0))) or "none"
+        except (OSError, ValueError) as error:
+            fields = f"none ({samples.name(0)}: {reason(error)})"
         flag = "--label_column" if label_column is not None else "--caption_column"
         raise UserError(
             f"--train_shards: the first {first} samples have no {what}; name one of their fields with {flag}: "
@@ -567,15 +572,17 @@ def read_shards(
 
 
 def _labels_from_json(samples, field):
-    """The label of each sample, -1 where there is none."""
+    """The label of each row of the index, -1 where there is none or it is not asked for."""
 
     def label(index):
         try:
-            return int(samples.fields(index)[field])
-        except (OSError, ValueError, KeyError, TypeError):
+            return label_number(samples.fields(index)[field])
+        except (OSError, ValueError, KeyError):
             return -1
 
-    return np.array([label(index) for index in tqdm(range(len(samples)), desc="Reading class labels")])
+    labels = np.full(len(samples.rows), -1)
+    labels[samples.indices] = [label(index) for index in tqdm(range(len(samples)), desc="Reading class labels")]
+    return labels
 
 
 def limit_samples(samples, max_train_samples, seed):

@@ -189,7 +189,7 @@ class TrainingStream:
         from torch.utils.data import get_worker_info
 
         if new and get_worker_info() is None:  # the main process tells, once, what a worker has found
-            logger.warning(f"no longer readable, so that the next image takes its place: {listed(new)}.")
+            logger.warning(f"not readable, so that the next image takes its place: {listed(new)}.")
 
 
 def cache_latents(stream, encode, share_work):
@@ -331,8 +331,14 @@ def read_data(args):
         samples, bad = read_shards(args.train_shards, args.image_column, *captions, label_column, args.cache_dir)
         if label_column is not None:
             _add_classes(args, samples, {})
-        limit = args.max_bad_images
-        args.max_bad_images = math.ceil(len(samples) / 100) if limit is None else limit
+        if args.max_bad_images is None:
+            lost = {path: bad[path] for path in samples.paths if path in bad}
+            if len(lost) > math.ceil(samples.num_shards / 100):
+                raise UserError(
+                    f"{len(lost)} of the {samples.num_shards} shards can't be read, at least not to their end: "
+                    f"{listed(lost)}; repair or remove them, or allow for that many with --max_bad_images."
+                )
+            args.max_bad_images = math.ceil(len(samples) / 100)
         if len(bad) > args.max_bad_images:
             raise too_many_bad_images(bad, args.max_bad_images)
         if bad:

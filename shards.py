@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import secrets
 import tarfile
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,16 +28,17 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 
 from arguments import UserError
-from captions import is_blank, is_caption, join_columns
+from captions import is_blank, is_caption, join_columns, label_number
 from images import IMAGE_ERRORS, IMAGE_EXTENSIONS, image_size, reason
 
 
-VERSION = 1  # of the index; one of another version is built anew
+VERSION = 2  # of the index; one of another version is built anew
 FILES = ("image", "txt", "json")
 PLACE = [("offset", "u8"), ("size", "u4")]  # in the shard; of a file that is not there the size is 0
 ROW = np.dtype(
     [("shard", "u4"), *((kind, PLACE) for kind in FILES), ("label", "i4"), ("height", "u4"), ("width", "u4")]
 )
+MOST_PADDING = 2**20  # bytes behind the end of a shard; some writers fill up to a round number
 CAPTIONS = ("txt", "caption", "text")  # where a caption is looked for
 
 
@@ -43,7 +46,7 @@ def open_shards(patterns, image_column=None, cache_dir=None):
     """Opens shards through their index, which is built if it is not there.
 
     Args:
-        patterns: paths, in which `{000000..001242}` and `*` stand for many.
+        patterns: paths, in which `{000000..001242}` and `*` stand for many, or folders.
         image_column: the extension of the images, if a sample has several.
         cache_dir: where the index is kept; by default in Hugging Face's cache.
 
@@ -51,7 +54,7 @@ def open_shards(patterns, image_column=None, cache_dir=None):
         and samples without an image. Raises `UserError` if there is not one sample.
     """
     paths, image_column = _expand(patterns), image_column and image_column.lower().lstrip(".")
-    identity = json.dumps([VERSION, image_column, paths])
+    identity = json.dumps([VERSION, image_column, sorted({os.path.dirname(path) for path in paths})])
     folder = Path(cache_dir or HF_HOME, "lpl_shards", hashlib.sha256(identity.encode()).hexdigest()[:16])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,11 +65,15 @@ def open_shards(patterns, image_column=None, cache_dir=None):
             f"the index of --train_shards can't be kept in {folder} ({reason(error)}): name another folder "
             "with --cache_dir."
         ) from error
-    bad = {name: why for shard in shards for name, why in shard.bad}
-    if not len(rows):
+    starts = np.cumsum([0] + [shard.rows for shard in shards])
+    wanted = {shard.path: (shard, start) for shard, start in zip(shards, starts)}
+    wanted = [wanted[path] for path in paths]
+    bad = {name: why for shard, _ in wanted for name, why in shard.bad}
+    indices = np.concatenate([np.arange(start, start + shard.rows) for shard, start in wanted])
+    if not len(indices):
         name, why = next(iter(bad.items()))
         raise UserError(f"--train_shards: there is no image in {len(paths)} shards (first: {name}, {why}).")
-    return ShardSamples(paths, rows, np.arange(len(rows))), bad
+    return ShardSamples([shard.path for shard in shards], rows, indices, len(paths)), bad
 
 
 def _expand(patterns):
@@ -85,14 +92,15 @@ def _expand(patterns):
             f"--train_shards {packed[0]}: in a compressed shard no sample can be found without reading all "
             "before it; unpack it to a .tar."
         )
+    words = [os.path.join(glob.escape(word), "*.tar") if os.path.isdir(word) else word for word in words]
     paths = [path for word in words for path in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])]
     if not any(map(os.path.isfile, paths)):
         raise UserError(f"--train_shards {' '.join(patterns)}: there is no such file.")
     return list(dict.fromkeys(os.path.abspath(path) for path in paths))
 
 
-# The index: `index.json` has of each shard what `_Shard` says, and the rows of all are in a file that is mapped into
-# memory.
+# The index of a folder: `index.json` has what `_Shard` says of each shard that was ever asked for, and the rows of all
+# are in a file that is mapped into memory.
 
 
 @dataclass
@@ -108,31 +116,28 @@ class _Shard:
 
 
 def _update_index(folder, paths, image_column):
-    """Reads the index in a folder, or brings it up to date. Returns its `_Shard`s and rows."""
-    old_shards, old_rows = _read_index(folder)
-    shards = [_stat(path) for path in paths]
-    if [shard.path for shard in old_shards] == paths and all(map(_Shard.is_like, shards, old_shards)):
-        return old_shards, old_rows
-    starts = np.cumsum([0] + [shard.rows for shard in old_shards])
-    known = {shard.path: (shard, start) for shard, start in zip(old_shards, starts)}
-    new = [shard.path for shard in shards if not shard.is_like(known.get(shard.path, (None,))[0])]
-    done, parts = [], [np.empty(0, ROW)]
-    hide = os.environ.get("LOCAL_RANK", "0") != "0"
+    """Reads the index in a folder, after what is new or has changed was added. Returns its `_Shard`s and rows."""
+    old, old_rows = _read_index(folder)
+    known, now = {shard.path: shard for shard in old}, {path: _stat(path) for path in paths}
+    new = [path for path, shard in now.items() if not shard.is_like(known.get(path))]
+    if not new:
+        return old, old_rows
+    starts, outdated = np.cumsum([0] + [shard.rows for shard in old]), set(new)
+    kept = [(shard, start) for shard, start in zip(old, starts) if shard.path not in outdated]
+    shards = [shard for shard, _ in kept]
+    parts = [np.array(old_rows[start : start + shard.rows]) for shard, start in kept]
+    bar = tqdm(desc="Indexing shards", total=len(new), disable=os.environ.get("LOCAL_RANK", "0") != "0")
     try:
-        with _processes(len(new)) as map_in_processes:
+        with _processes(len(new)) as map_in_processes, bar:
             scanned = map_in_processes(partial(_scan_shard, image_column=image_column), new)
-            scanned = iter(tqdm(scanned, desc="Indexing shards", total=len(new), disable=hide))
-            for shard in shards:
-                old, start = known.get(shard.path, (None, 0))
-                if shard.is_like(old):
-                    rows, bad = np.array(old_rows[start : start + old.rows]), old.bad
-                else:
-                    rows, bad = next(scanned)
-                rows["shard"] = len(done)
+            for path, (rows, bad) in zip(new, scanned):
+                shards.append(replace(now[path], rows=len(rows), bad=bad))
                 parts.append(rows)
-                done.append(replace(shard, rows=len(rows), bad=bad))
+                bar.update(1)
     finally:  # what is done need not be done again after an interruption
-        _write_index(folder, done, np.concatenate(parts))
+        for number, rows in enumerate(parts):
+            rows["shard"] = number
+        _write_index(folder, shards, np.concatenate([np.empty(0, ROW), *parts]))
     return _read_index(folder)
 
 
@@ -152,7 +157,7 @@ def _read_index(folder):
         shards = [_Shard(**shard) for shard in index["shards"]]
         if rows.dtype == ROW and len(rows) == sum(shard.rows for shard in shards):
             return shards, rows
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
         pass
     return [], np.empty(0, ROW)
 
@@ -176,8 +181,20 @@ def _processes(num_tasks):
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
         yield map
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         yield pool.map
+
+
+def _end_with(parent):
+    """A process that waits for work would go on waiting after its parent was killed."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _scan_shard(path, image_column):
@@ -207,11 +224,15 @@ def _scan_shard(path, image_column):
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it has no end, so it was cut")
+            if os.path.getsize(path) - tar.offset > MOST_PADDING:
+                raise tarfile.ReadError(f"there is nothing from byte {tar.offset} on")
             if key is not None:
                 add(tar, key, files)
     except (OSError, tarfile.TarError) as error:  # the last sample, which may be incomplete, is left out as well
         at = f" after {len(rows)} samples" if rows else ""
         bad.append((path, reason(error) + at))
+    if not rows and not bad:
+        bad.append((path, "there is no sample in it"))
     return np.array(rows, ROW), bad
 
 
@@ -230,12 +251,10 @@ def _row(tar, files):
     places = [(files[kind].offset_data, files[kind].size) if kind in files else (0, 0) for kind in FILES]
     with tar.extractfile(files["image"]) as file:
         size = image_size(file)
-    label = -1
+    label = -1  # none; captions may be all that is needed
     if "cls" in files:
         text = tar.extractfile(files["cls"]).read().decode(errors="replace").strip()
-        if not text.isdecimal():
-            raise ValueError(f"its .cls holds {text!r:.40} and no class number")
-        label = int(text)
+        label = label_number(text)
     return 0, *places, label, *size
 
 
@@ -247,9 +266,10 @@ class ShardSamples:
     them it is the text file, or else the json file's `caption` or `text`.
     """
 
-    paths: list  # of the shards
-    rows: np.ndarray  # [..] ROW, of all samples that the shards have
+    paths: list  # of the shards in the index
+    rows: np.ndarray  # [..] ROW, of all samples that they have
     indices: np.ndarray  # [N], the rows that are used
+    num_shards: int  # that were asked for
     caption_columns: list | None = None
     caption_weights: list | None = None
     instance_prompt: str | None = None  # the caption of samples that have none
@@ -314,12 +334,12 @@ class ShardSamples:
 
     def sizes(self):
         """(height, width) of the images, `[N, 2]`."""
-        rows = self.rows[self.indices]
-        return np.stack([rows["height"], rows["width"]], axis=1)
+        return np.stack([self.rows[name][self.indices] for name in ("height", "width")], axis=1)
 
     def files_identity(self):
         digest = hashlib.sha256(repr([_stat(path) for path in self.paths]).encode())
-        digest.update(np.ascontiguousarray(self.rows[self.indices]).view(np.uint8))
+        for name in ("shard", "image"):
+            digest.update(self.rows[name][self.indices].tobytes())
         return digest.hexdigest()[:32]
 
     def select(self, indices):

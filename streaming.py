@@ -28,13 +28,14 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError
 
 from arguments import UserError
-from captions import is_blank, is_caption, join_columns
-from data_sources import choose_columns, open_split, undecoded
+from captions import is_blank, is_caption, join_columns, label_number
+from data_sources import choose_columns, known_labels, open_split, undecoded
 from data_utils import BLOCK_ORDER, CROP_AND_FLIP, EPOCH_ORDER, TrainingStream, stream_settings
 from images import load_image, reason, transform
 from model_checks import class_ids, label_of
 
 
+EMPTY_EPOCHS = 20  # so many in a row mean that there is nothing
 NETWORK_ERRORS = (ConnectionError, TimeoutError, HfHubHTTPError, httpx.TransportError)
 
 
@@ -88,7 +89,8 @@ class HubStream(TrainingStream):
 
     def _blocks(self, place, rank, world_size):
         """Endless: the place where a block begins, and its rows in their random order."""
-        while True:
+        empty = 0
+        while empty < EMPTY_EPOCHS:
             count, block, begin = place.start, [], None
             for file, number, row in self._epoch(place, rank, world_size):
                 begin = begin or Place(count, place.epoch, file, number)
@@ -99,14 +101,19 @@ class HubStream(TrainingStream):
             if block:
                 yield begin, self._shuffled(block, begin, rank)
                 count += len(block)
-            if count == 0:
-                raise UserError(f"--streaming: the dataset has no row for process {rank} of {world_size}.")
+            empty = empty + 1 if count == place.start else 0
             place = Place(count, place.epoch + 1)
+        raise UserError(f"--streaming: the dataset has no row for process {rank} of {world_size}.")
 
     def _shuffled(self, rows, begin, rank):
         order = np.random.default_rng([self.seed, BLOCK_ORDER, rank, begin.start]).permutation(len(rows))
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(_fetched, [rows[i] for i in order]))
+        try:
+            with ThreadPoolExecutor(16) as pool:
+                return list(pool.map(_fetched, [rows[i] for i in order]))
+        except NETWORK_ERRORS as error:
+            raise _lost(error) from error
+        except ImportError as error:
+            raise UserError(f"--streaming: the images can't be fetched ({reason(error)}): install that.") from error
 
     def _epoch(self, place, rank, world_size):
         """A rank's rows of an epoch from a place on, each with the number of its file and its own in there."""
@@ -121,10 +128,7 @@ class HubStream(TrainingStream):
                     if (file, number) >= (place.file, place.row) and (by_file or number % world_size == rank):
                         yield file, number, self._row(row, f"row {number} of file {which} of the dataset")
             except NETWORK_ERRORS as error:
-                raise UserError(
-                    f"--streaming: the dataset can't be read any more ({reason(error)}): check the connection, and "
-                    "go on with --resume_from_checkpoint latest."
-                ) from error
+                raise _lost(error) from error
             except (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError) as error:
                 self.note_bad({f"file {which} of the dataset": reason(error)})
 
@@ -158,7 +162,7 @@ class HubStream(TrainingStream):
 
     @property
     def allowed_bad_images(self):
-        return math.ceil(self.rows_read / 100) if self.max_bad_images is None else self.max_bad_images
+        return max(1, math.ceil(self.rows_read / 100)) if self.max_bad_images is None else self.max_bad_images
 
     # Checkpoints
 
@@ -169,6 +173,13 @@ class HubStream(TrainingStream):
 
     def load_state(self, state):
         self.places = {state["start"]: Place(**state)}
+
+
+def _lost(error):
+    return UserError(
+        f"--streaming: the dataset can't be read any more ({reason(error)}): check the connection, and go on with "
+        "--resume_from_checkpoint latest."
+    )
 
 
 def _fetched(row):
@@ -239,9 +250,12 @@ def open_stream(args):
     image_column, columns = choose_columns(args.dataset_name, dataset.features, *columns)
     to_label = None
     if with_labels:
-        own_names = getattr(dataset.features[label_column], "names", [])
-        to_label = partial(_label, own_names, class_ids(args), args.num_classes)
-    dataset = undecoded(dataset.select_columns([image_column, *columns]), image_column, args.dataset_name)
+        own_names, known = getattr(dataset.features[label_column], "names", []), class_ids(args)
+        labels = known_labels(own_names, known)  # the model may number the classes otherwise
+        if labels is None:
+            args.id2label |= {label: name for label, name in enumerate(own_names) if label not in args.id2label}
+        to_label = partial(_label, labels and [labels[name] for name in own_names], known, args.num_classes)
+    dataset = undecoded(dataset, image_column, args.dataset_name).select_columns([image_column, *columns])
     for prompt in (args.validation_prompts or ()) if with_labels else ():
         label_of(args, prompt)  # is it a class?
     return HubStream(
@@ -256,11 +270,11 @@ def open_stream(args):
     )
 
 
-def _label(names, class_ids, num_classes, value):
-    """The class label that a value means: a number, or a name of the model's. Raises ValueError."""
-    if names and isinstance(value, int) and set(names) <= set(class_ids):  # the model may number them otherwise
-        value = names[value]
-    label = class_ids.get(value, value)
-    if not str(label).isdecimal() or not 0 <= int(label) < num_classes:
+def _label(labels, class_ids, num_classes, value):
+    """The class label that a value of the column means: a number, which may be an index in `labels`, or a name."""
+    label = class_ids.get(value, value) if isinstance(value, str) else value
+    if labels and isinstance(value, int) and 0 <= value < len(labels):
+        label = labels[value]
+    if not 0 <= label_number(label) < num_classes:
         raise ValueError(f"{value!r:.40} is no class of the model's")
-    return int(label)
+    return label_number(label)

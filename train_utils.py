@@ -303,9 +303,9 @@ def load_checkpoint(accelerator, folder, stream):
     state = read_training_state(folder)
     if state["num_samples"] != stream.num_samples:
         raise UserError(
-            f"--resume_from_checkpoint {folder}: that run had {state['num_samples']} samples, now there are "
-            f"{stream.num_samples}; give it the same data, or start a new run from its weights with another "
-            "--output_dir."
+            f"--resume_from_checkpoint {folder}: that run had {state['num_samples'] or 'a stream of'} samples, now "
+            f"there are {stream.num_samples or 'those of a stream'}; give it the same data, or start a new run from "
+            "its weights with another --output_dir."
         )
     streams = state.get("streams") or [None]
     if streams[0] is not None:
