@@ -639,9 +639,15 @@ def image_sizes(samples):
     if hasattr(samples, "sizes"):
         return samples.sizes()
     hide = os.environ.get("LOCAL_RANK", "0") != "0"
+    sizes = in_threads(size, range(len(samples)))
+    return list(tqdm(sizes, desc="Reading image sizes", total=len(samples), disable=hide))
+
+
+def in_threads(function, items):
+    """`map(function, items)` in threads, which are given a part of the items at a time."""
     with ThreadPoolExecutor() as pool:
-        sizes = pool.map(size, range(len(samples)))
-        return list(tqdm(sizes, desc="Reading image sizes", total=len(samples), disable=hide))
+        for start in range(0, len(items), 10_000):
+            yield from pool.map(function, items[start : start + 10_000])
 
 
 def labels_of(samples):

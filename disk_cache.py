@@ -9,8 +9,8 @@ their names when they are complete. On reading, an entry that is damaged, or ano
 import hashlib
 import json
 import os
+import secrets
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from arguments import UserError
-from data_sources import files_identity, image_bytes, name_of
+from data_sources import files_identity, image_bytes, in_threads, name_of
 from data_utils import not_finite
 from images import IMAGE_ERRORS, reason
 
@@ -54,7 +54,7 @@ class DiskCache:
         metadata = {"key": key, "info": json.dumps(info), "checksum": str(_checksum(tensors))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")  # another run may write it as well
             save_file(tensors, temporary, metadata)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
@@ -85,9 +85,8 @@ class DiskCache:
 
     def missing(self, keys):
         """Which of the keys, a sequence of N, have to be computed: their indices."""
-        with ThreadPoolExecutor() as pool:
-            sound = list(pool.map(self.is_sound if len(keys) <= MAX_READ_AHEAD else self.__contains__, keys))
-        return [index for index, is_sound in enumerate(sound) if not is_sound]
+        is_there = self.is_sound if len(keys) <= MAX_READ_AHEAD else self.__contains__
+        return [index for index, found in enumerate(in_threads(is_there, keys)) if not found]
 
 
 def _checksum(tensors):
@@ -187,8 +186,7 @@ def image_digests(accelerator, samples, folder):
     if path.exists():
         return np.load(path, mmap_mode="r")
     mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
-    with ThreadPoolExecutor() as pool:
-        found = list(progress(accelerator, pool.map(digest, mine), "Hashing images", len(mine)))
+    found = list(progress(accelerator, in_threads(digest, mine), "Hashing images", len(mine)))
     digests = np.zeros((len(samples), 32), np.uint8)
     for rank, part in enumerate(gather_object([np.stack(found) if found else np.zeros((0, 32), np.uint8)])):
         digests[rank :: accelerator.num_processes] = part
