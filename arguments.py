@@ -88,7 +88,7 @@ def add_model_arguments(parser, transformers=False):
         "instance the paper's asymmetric one")
     add("--vae_dtype", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="precision of the VAE and so of "
         "LPL's decoder; auto: bf16 with --mixed_precision bf16, else fp32")
-    add("--cache_dir", help="where downloads are kept")
+    add("--cache_dir", help="where downloads, and the index of --train_shards, are kept")
     if transformers:
         add("--max_sequence_length", type=int, help="tokens of a caption for T5, Gemma or Qwen; by default as many as "
             "the pipeline takes")
@@ -528,6 +528,8 @@ def check_data(args):
         raise UserError("no data: give --train_data_dir FOLDER, --dataset_name ID, or --train_shards TARS.")
     if args.caption_weights is not None:
         count = len(args.caption_column)
+        if count == 1:
+            check_unused(args, ["--caption_weights"], "a single caption column")
         if len(args.caption_weights) != count or min(args.caption_weights) <= 0:
             raise UserError(f"--caption_weights needs {count} numbers above 0, one for each of --caption_column.")
     if args.trigger_word is not None and not args.trigger_word.strip():
@@ -545,6 +547,8 @@ def check_data(args):
     if args.cache_latents and not args.center_crop:
         flag = "--cache_latents" if "--cache_latents" in args.given_flags else "--latent_cache_dir"
         raise UserError(f"{flag} keeps one crop of each image, so random crops are impossible: add --center_crop.")
+    if args.latent_cache_dir is not None and not args.latent_cache_dir.strip():
+        raise UserError("--latent_cache_dir is empty: name a folder, or leave the flag out.")
     if args.latent_cache_dir and Path(args.latent_cache_dir).is_file():
         raise UserError(f"--latent_cache_dir {args.latent_cache_dir} is a file: name a folder.")
 

@@ -69,7 +69,7 @@ class BucketOrder:
         self.members = [np.flatnonzero(bucket_of == bucket) for bucket in range(max(bucket_of) + 1)]
         self.counts = np.array([len(members) for members in self.members])
         self.batch_size, self.permutation = batch_size, permutation
-        self._permutations = {}  # key -> {epoch: permutation}
+        self._permutations, self._epochs = {}, {}  # key -> {epoch: permutation}, epoch -> its batches
 
     def batches_before(self, epoch):
         """How many batches each bucket has given before an epoch, `[buckets]`."""
@@ -77,11 +77,14 @@ class BucketOrder:
 
     def epoch_batches(self, epoch):
         """The batches of an epoch in their order: their buckets, and their numbers among those of their bucket."""
+        if epoch in self._epochs:
+            return self._epochs[epoch]
         before, after = self.batches_before(epoch), self.batches_before(epoch + 1)
         buckets = np.repeat(np.arange(len(before)), after - before)
         numbers = np.concatenate([np.arange(*ends) for ends in zip(before, after)])
         order = self._permuted(len(self.counts), epoch, len(buckets))
-        return buckets[order], numbers[order]
+        self._epochs = {epoch: (buckets[order], numbers[order])}
+        return self._epochs[epoch]
 
     def batch(self, number):
         """Bucket of a batch, and the place of its first sample in that bucket's endless row."""

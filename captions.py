@@ -4,6 +4,8 @@ A caption is a string, a list of strings of which one is drawn each time, or, wh
 a tuple of (weight, string or list) pairs. Class labels, integers, pass through.
 """
 
+import re
+
 
 def is_blank(caption):
     """Whether there is no text; a list has one as soon as it has an element."""
@@ -15,8 +17,15 @@ def is_caption(caption):
     if isinstance(caption, tuple):
         return bool(caption) and all(is_caption(part) for _, part in caption)
     if isinstance(caption, list):
-        return bool(caption) and all(isinstance(text, str) and text.strip() for text in caption)
-    return isinstance(caption, str) and bool(caption.strip())
+        return bool(caption) and all(map(_is_text, caption))
+    return _is_text(caption)
+
+
+def _is_text(text):
+    try:
+        return isinstance(text, str) and bool(text.strip()) and bool(text.encode())
+    except UnicodeEncodeError:  # half of an escaped character, which no tokenizer takes
+        return False
 
 
 def join_columns(values, weights=None):
@@ -51,4 +60,6 @@ def label_number(value):
 
 def with_trigger_word(text, word):
     """`text` with `word` in front, unless it has it already; nothing is put before a dropped caption."""
-    return text if not text or word is None or word.lower() in text.lower() else f"{word}, {text}"
+    if not text or word is None or re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE):
+        return text
+    return f"{word}, {text}"

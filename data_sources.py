@@ -305,7 +305,8 @@ def _parse_labels(values, sample_name, column, class_ids):
     classes = sorted(set(texts) - {""})
     labels = known_labels(classes, class_ids)
     if labels is None and not class_ids and "" not in texts and not any(map(str.isdecimal, classes)):
-        return [classes.index(text) for text in texts], dict(enumerate(classes))  # a new model's, in sorted order
+        numbers = {name: number for number, name in enumerate(classes)}  # a new model's, in sorted order
+        return [numbers[text] for text in texts], dict(enumerate(classes))
     if labels is None:
         labels = {name: int(name) for name in classes if name.isdecimal()}
     bad = [index for index, text in enumerate(texts) if text not in labels]
@@ -359,6 +360,9 @@ class HubSamples:
     names: dict = field(default_factory=dict)  # {label: class name}
     instance_prompt: str | None = None  # the caption of rows that have none
 
+    def __post_init__(self):
+        self.captions_only = self.dataset.select_columns(self.caption_columns) if self.caption_columns else None
+
     def __len__(self):
         return len(self.rows)
 
@@ -367,7 +371,7 @@ class HubSamples:
             return self.labels[self.rows].tolist()
         if not self.caption_columns:
             return [self.instance_prompt] * len(self.rows)
-        batches = self.dataset.select_columns(self.caption_columns).select(self.rows).iter(batch_size=1000)
+        batches = self.captions_only.select(self.rows).iter(batch_size=1000)
         values = itertools.chain.from_iterable(zip(*(b[name] for name in self.caption_columns)) for b in batches)
         return [self._joined(row) for row in values]
 
@@ -381,12 +385,15 @@ class HubSamples:
             return int(self.labels[number])
         if not self.caption_columns:
             return self.instance_prompt
-        row = self.dataset.select_columns(self.caption_columns)[number]
+        row = self.captions_only[number]
         return self._joined([row[name] for name in self.caption_columns])
 
-    @staticmethod
-    def files_identity():
-        return None  # the files may have changed behind the dataset
+    def files_identity(self):
+        paths = [file["filename"] for file in self.dataset.cache_files]
+        if not paths:
+            return None  # it is in memory only
+        status = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+        return hashlib.sha256(repr(status).encode() + self.rows.tobytes()).hexdigest()[:32]
 
     def select(self, indices):
         return replace(self, rows=self.rows[indices])
@@ -551,6 +558,7 @@ def read_shards(
         has_caption = labels[samples.indices] >= 0
     else:
         columns = as_list(caption_column) or None
+        _check_fields(samples, columns or ())
         captions = {"caption_columns": columns, "caption_weights": caption_weights}
         samples = replace(samples, **captions, instance_prompt=instance_prompt)
         sizes = [samples.rows[kind]["size"][samples.indices] for kind in ("txt", "json")]
@@ -571,13 +579,29 @@ def read_shards(
     return samples.select(np.flatnonzero(has_caption)), bad
 
 
+def _check_fields(samples, columns):
+    """Raises `UserError` if none of the first samples has one of the columns."""
+    there = set()
+    for index in range(min(100, len(samples))):
+        try:
+            there |= samples.fields(index).keys()
+        except IMAGE_ERRORS:
+            pass  # it will be found out when its turn comes
+    for column in columns:
+        if column not in there:
+            raise UserError(
+                f"--train_shards: none of the first samples has {column} for --caption_column; choose what is there: "
+                f"{', '.join(sorted(there)) or 'nothing is'}."
+            )
+
+
 def _labels_from_json(samples, field):
     """The label of each row of the index, -1 where there is none or it is not asked for."""
 
     def label(index):
         try:
             return label_number(samples.fields(index)[field])
-        except (OSError, ValueError, KeyError):
+        except (*IMAGE_ERRORS, KeyError):
             return -1
 
     labels = np.full(len(samples.rows), -1)

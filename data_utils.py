@@ -80,6 +80,7 @@ class TrainingStream:
     proportion_empty_prompts: float = 0.0
     trigger_word: str | None = None
     max_bad_images: int = 0
+    found: int | None = None  # how many samples there were before --max_train_samples
     bad: dict = field(default_factory=dict)  # {name: reason}, as returned by check_images; grows
     buckets: list | None = None  # (height, width) that images are cropped to, the nearest to their shape
     batch_size: int = 1  # of a rank; with buckets the order depends on it
@@ -105,10 +106,16 @@ class TrainingStream:
         return self.max_bad_images
 
     def state(self, position, world_size):
-        """What a rank needs besides the position to go on from a checkpoint; None if nothing."""
+        """What a rank needs besides the position to go on from a checkpoint."""
+        return {"found": self.found}
 
     def load_state(self, state):
-        """What `state` returned."""
+        """What `state` returned. Raises `UserError` if the order can't be that of the run any more."""
+        if state["found"] != self.found:
+            raise UserError(
+                f"--resume_from_checkpoint: there were {state['found']} images to draw --max_train_samples from, now "
+                f"there are {self.found}; give it the same data, or start a new run."
+            )
 
     def index(self, position):
         """The index in `samples` of the sample at a position."""
@@ -333,7 +340,8 @@ def read_data(args):
             _add_classes(args, samples, {})
         if args.max_bad_images is None:
             lost = {path: bad[path] for path in samples.paths if path in bad}
-            if len(lost) > math.ceil(samples.num_shards / 100):
+            missing = sum(not os.path.exists(path) for path in lost)  # a mistake in the flag, rather
+            if missing > samples.num_shards // 100 or len(lost) > math.ceil(samples.num_shards / 100):
                 raise UserError(
                     f"{len(lost)} of the {samples.num_shards} shards can't be read, at least not to their end: "
                     f"{listed(lost)}; repair or remove them, or allow for that many with --max_bad_images."
@@ -378,10 +386,10 @@ def make_stream(args):
         if args.num_classes is not None:
             _add_classes(args, samples, samples.names)
         samples, bad = check_images(samples, args.max_bad_images or 0)
-    samples = limit_samples(samples, args.max_train_samples, args.seed)
+    found, samples = len(samples), limit_samples(samples, args.max_train_samples, args.seed)
     for prompt in (args.validation_prompts or ()) if args.num_classes is not None else ():
         label_of(args, prompt)  # is it a class?
-    return TrainingStream(samples, bad=bad, **stream_settings(args))
+    return TrainingStream(samples, bad=bad, found=found, **stream_settings(args))
 
 
 def stream_settings(args):

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,8 @@ from data_utils import not_finite
 from images import IMAGE_ERRORS, reason
 
 
-MAX_READ_AHEAD = 10_000  # entries of a rank that are read before training; of the others it is seen that they exist
+UNREADABLE = bytes(32)  # in place of a hash
+MAX_READ_AHEAD = 10_000  # entries of a rank that are read before training; of more it is seen that they exist
 
 
 class DiskCache:
@@ -64,7 +66,7 @@ class DiskCache:
             ) from error
 
     def read(self, key):
-        """Tensors and info. Raises OSError if the entry is missing, damaged, or another one's."""
+        """Tensors and info. Raises OSError if the entry is missing, damaged, or another one's; then it is removed."""
         path = self._path(key)
         try:
             with safe_open(path, "pt") as file:
@@ -73,7 +75,9 @@ class DiskCache:
             if metadata.get("key") != key or metadata["checksum"] != str(_checksum(tensors)):
                 raise ValueError("it is not what was written")
             return tensors, json.loads(metadata["info"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError) as error:
+            with suppress(OSError):
+                path.unlink()
             raise OSError(f"the cached entry {path} is damaged: {reason(error)}") from error
 
     def is_sound(self, key):
@@ -111,9 +115,12 @@ class LatentsOnDisk:
         self.stream = replace(stream, cache=None)
 
     def key(self, index, flip):
-        stream = self.stream
-        crop = (*map(int, stream.size_of(index)), stream.image_interpolation_mode, bool(flip))
-        return self.cache.key(self.digests[index].tobytes(), *crop)
+        """Raises OSError if the image's file can't be read."""
+        stream, digest = self.stream, self.digests[index].tobytes()
+        if digest == UNREADABLE:
+            raise OSError("the file can't be read")
+        size = map(int, stream.size_of(index))
+        return self.cache.key(digest, *size, stream.image_interpolation_mode, bool(flip))
 
     def __call__(self, index, flip):
         """Raises OSError if the entry is damaged; the next run makes it anew."""
@@ -129,26 +136,37 @@ def cache_latents_on_disk(accelerator, stream, encode, vae, folder, num_workers=
     cache = DiskCache(Path(folder, "latents"), vae=weights_hash(vae))
     latents = LatentsOnDisk(stream, cache, image_digests(accelerator, stream.samples, folder))
     flips = (False, True) if stream.random_flip else (False,)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = [(index, flip) for index in range(rank, stream.num_samples, world_size) for flip in flips]
-    keys = [latents.key(*which) for which in mine]
-    missing = cache.missing(keys)
-    views = DataLoader(_Views(stream, [mine[i] for i in missing]), batch_size=None, num_workers=num_workers)
-    bad = {}
-    for i, view in zip(missing, progress(accelerator, views, "Caching latents", len(missing))):
-        name = name_of(stream.samples, mine[i][0])
+    readable = np.flatnonzero(latents.digests.any(axis=1))
+    bad = dict.fromkeys(np.flatnonzero(~latents.digests.any(axis=1)).tolist(), "the file can't be read")
+    share = [(index, flip) for index in my_share(accelerator, readable.tolist()) for flip in flips]
+    missing = cache.missing([latents.key(*which) for which in share])
+    todo = my_share(accelerator, gathered(accelerator, [share[i] for i in missing]))
+    views = DataLoader(_Views(stream, todo), batch_size=None, num_workers=num_workers)
+    written = []
+    for (index, flip), view in zip(todo, progress(accelerator, views, "Caching latents", len(todo))):
         if "error" in view:
-            bad[name] = view["error"]
+            bad[index] = view["error"]
             continue
         posterior = encode(view.pop("pixel_values")[None])[0]
         if not posterior.isfinite().all():
-            raise not_finite(name)
-        cache.write(keys[i], {"posterior": posterior}, view)
-    for found in gather_object([bad]):
-        stream.note_bad(found)
-    if not all(latents.key(index, False) in cache for index in range(min(world_size, stream.num_samples)) if not bad):
+            raise not_finite(name_of(stream.samples, index))
+        cache.write(latents.key(index, flip), {"posterior": posterior}, view)
+        written = [latents.key(index, flip)]
+    seen = all(key in cache for key in gathered(accelerator, written))
+    if not all(gathered(accelerator, [seen])):
         raise UserError("--latent_cache_dir: other machines do not see what this one writes; name a shared folder.")
+    bad = dict(gathered(accelerator, list(bad.items())))
+    stream.note_bad({name_of(stream.samples, index): why for index, why in bad.items()})
     stream.cache = latents
+
+
+def my_share(accelerator, items):
+    return items[accelerator.process_index :: accelerator.num_processes]
+
+
+def gathered(accelerator, items):
+    """The lists of all processes as one. All call this; the slowest one's work comes before it."""
+    return gather_object(items) if accelerator.num_processes > 1 else items
 
 
 @dataclass
@@ -170,33 +188,42 @@ class _Views:
 
 
 def image_digests(accelerator, samples, folder):
-    """A hash of each image file's bytes, uint8 `[N, 32]`; 0 of those that can't be read.
+    """A hash of each image file's bytes, uint8 `[N, 32]`; `UNREADABLE` of those that can't be read.
 
     As long as no file has changed its size or time, what was computed before is taken. All processes call this.
     """
 
     def digest(index):
         try:
-            return np.frombuffer(hashlib.sha256(image_bytes(samples, index)).digest(), np.uint8)
+            return hashlib.sha256(image_bytes(samples, index)).digest()
         except IMAGE_ERRORS:
-            return np.zeros(32, np.uint8)
+            return UNREADABLE
 
     path = Path(folder, "digests", f"{files_identity(samples)}.npy")
-    accelerator.wait_for_everyone()  # either all find it or none
-    if path.exists():
-        return np.load(path, mmap_mode="r")
-    mine = range(accelerator.process_index, len(samples), accelerator.num_processes)
-    found = list(progress(accelerator, in_threads(digest, mine), "Hashing images", len(mine)))
+    found = _load_digests(path, len(samples))
+    if all(gathered(accelerator, [found is not None])):
+        return found
+    mine = my_share(accelerator, range(len(samples)))
+    hashed = list(progress(accelerator, in_threads(digest, mine), "Hashing images", len(mine)))
     digests = np.zeros((len(samples), 32), np.uint8)
-    for rank, part in enumerate(gather_object([np.stack(found) if found else np.zeros((0, 32), np.uint8)])):
-        digests[rank :: accelerator.num_processes] = part
-    if accelerator.is_main_process and path.stem != "None":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.save(file, digests)
-        os.replace(path.with_suffix(".tmp"), path)
-    accelerator.wait_for_everyone()
+    for rank, part in enumerate(gathered(accelerator, [b"".join(hashed)])):
+        digests[rank :: accelerator.num_processes] = np.frombuffer(part, np.uint8).reshape(-1, 32)
+    if accelerator.is_main_process and path.stem != "None" and digests.any(axis=1).all():
+        with suppress(OSError):  # then it is done again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+            with open(temporary, "wb") as file:
+                np.save(file, digests)
+            os.replace(temporary, path)
     return digests
+
+
+def _load_digests(path, n):
+    """What `image_digests` has kept, or None."""
+    with suppress(OSError, ValueError, EOFError):
+        digests = np.load(path, mmap_mode="r")
+        if digests.shape == (n, 32) and digests.dtype == np.uint8:
+            return digests
 
 
 # Text embeddings
@@ -221,10 +248,11 @@ def cache_embeddings_on_disk(accelerator, captions, embed, *, identity, folder):
     `embed` makes name -> tensor of a caption, and `identity` says what its results depend on.
     """
     cache = DiskCache(Path(folder, "text_embeddings"), **identity)
-    mine = captions[accelerator.process_index :: accelerator.num_processes]
-    keys = [cache.key(caption.encode()) for caption in mine]
-    for i in progress(accelerator, cache.missing(keys), "Caching text embeddings"):
-        cache.write(keys[i], embed(mine[i]), {"caption": mine[i]})
+    share = my_share(accelerator, captions)
+    missing = cache.missing([cache.key(caption.encode()) for caption in share])
+    todo = my_share(accelerator, gathered(accelerator, [share[i] for i in missing]))
+    for caption in progress(accelerator, todo, "Caching text embeddings"):
+        cache.write(cache.key(caption.encode()), embed(caption), {"caption": caption})
     accelerator.wait_for_everyone()
     return EmbeddingsOnDisk(cache)
 

@@ -15,7 +15,8 @@ IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .avif .bmp .gif .tif .tiff
 Image.MAX_IMAGE_PIXELS = 250_000_000
 
 # What Pillow raises for a file that is not, or not wholly, an image.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
+IMAGE_ERRORS += (Image.DecompressionBombError,)
 
 
 def load_image(source):
@@ -50,9 +51,10 @@ def image_size(source):
     Raises one of `IMAGE_ERRORS`.
     """
     with open_image(source) as image:
-        # A PNG is decoded to look for EXIF behind its pixels, where hardly anybody puts it.
-        looked_at = image.format != "PNG" or "exif" in image.info
-        turned = looked_at and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        # A PNG would be decoded to look for EXIF behind its pixels, where hardly anybody puts it; a TIFF's size is that
+        # of the turned image already.
+        to_turn = "exif" in image.info if image.format == "PNG" else image.format != "TIFF"
+        turned = to_turn and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
 
 
@@ -75,6 +77,8 @@ def transform(image, size, center_crop, flip, interpolation, rng=None):
         height, width = target_height, target_height * image.width // image.height
     else:
         height, width = target_width * image.height // image.width, target_width
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"with {image.width} x {image.height} pixels it is too long and thin")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling[interpolation.upper()])
     if flip:

@@ -4,8 +4,8 @@
     accelerate launch prepare_captions.py --dataset_name DATASET --output_dir CAPTIONED
 
 The captions go to metadata.jsonl, and the output is a --train_data_dir for training. In a folder, images that have a
-caption already are left alone, and its metadata keep their rows and columns. Another --output_dir gets the image files
-as well, unchanged, and it is needed for datasets and shards. The caption that an image had there stays in the column
+caption in that file already are left alone, and its rows keep their other columns. Another --output_dir, needed for
+datasets and shards, gets the image files as well, unchanged. The caption that an image had there stays in the column
 original_text. A run that was interrupted goes on where it ended when it is started again.
 """
 
@@ -91,6 +91,9 @@ def check(args):
     if args.output_dir is None and not args.train_data_dir:
         raise UserError(f"{sources[0]} needs --output_dir, a folder for images and captions: add it.")
     args.output_dir = Path(args.output_dir or args.train_data_dir)
+    in_place = args.train_data_dir and args.output_dir.resolve() == Path(args.train_data_dir).resolve()
+    if args.max_train_samples and in_place:
+        raise UserError("--max_train_samples in the folder itself would hide its other images: add --output_dir.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise UserError(f"--output_dir {args.output_dir} is a file: name a folder.")
     args.source = open_folder(args) if args.train_data_dir else None

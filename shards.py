@@ -8,6 +8,7 @@ read again. Torch is not imported.
 
 import glob
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -38,6 +39,8 @@ PLACE = [("offset", "u8"), ("size", "u4")]  # in the shard; of a file that is no
 ROW = np.dtype(
     [("shard", "u4"), *((kind, PLACE) for kind in FILES), ("label", "i4"), ("height", "u4"), ("width", "u4")]
 )
+SAVE_SECONDS = 300  # between savings of an index that is being built
+MOST_SHARDS = 1_000_000
 MOST_PADDING = 2**20  # bytes behind the end of a shard; some writers fill up to a round number
 CAPTIONS = ("txt", "caption", "text")  # where a caption is looked for
 
@@ -57,9 +60,11 @@ def open_shards(patterns, image_column=None, cache_dir=None):
     identity = json.dumps([VERSION, image_column, sorted({os.path.dirname(path) for path in paths})])
     folder = Path(cache_dir or HF_HOME, "lpl_shards", hashlib.sha256(identity.encode()).hexdigest()[:16])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
-            shards, rows = _update_index(folder, paths, image_column)
+        shards, rows = _read_index(folder)
+        if _outdated(shards, paths):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock"):
+                shards, rows = _update_index(folder, paths, image_column)
     except OSError as error:
         raise UserError(
             f"the index of --train_shards can't be kept in {folder} ({reason(error)}): name another folder "
@@ -79,7 +84,8 @@ def open_shards(patterns, image_column=None, cache_dir=None):
 def _expand(patterns):
     """The absolute paths of all shards, each once, in the order given. Raises `UserError`."""
     try:
-        words = [word for pattern in patterns for word in braceexpand(os.path.expanduser(pattern))]
+        expanded = (word for pattern in patterns for word in _braces(os.path.expanduser(pattern)))
+        words = list(itertools.islice(expanded, MOST_SHARDS))
     except UnbalancedBracesError:
         raise UserError(f"--train_shards {' '.join(patterns)}: a brace is open; write {{000000..001242}}.") from None
     if any("://" in word or word.startswith("pipe:") for word in words):
@@ -93,10 +99,20 @@ def _expand(patterns):
             "before it; unpack it to a .tar."
         )
     words = [os.path.join(glob.escape(word), "*.tar") if os.path.isdir(word) else word for word in words]
-    paths = [path for word in words for path in (sorted(glob.glob(word)) if glob.has_magic(word) else [word])]
-    if not any(map(os.path.isfile, paths)):
+    paths = []
+    for word in words:
+        is_pattern = glob.has_magic(word) and not os.path.exists(word)
+        found = sorted(glob.glob(word)) if is_pattern else [word]
+        if not found:
+            raise UserError(f"--train_shards {word}: no file fits; correct the pattern, or leave it out.")
+        paths += found
+    if not paths or not any(map(os.path.isfile, paths)):
         raise UserError(f"--train_shards {' '.join(patterns)}: there is no such file.")
     return list(dict.fromkeys(os.path.abspath(path) for path in paths))
+
+
+def _braces(pattern):
+    return [pattern] if os.path.exists(pattern) else braceexpand(pattern)
 
 
 # The index of a folder: `index.json` has what `_Shard` says of each shard that was ever asked for, and the rows of all
@@ -118,27 +134,38 @@ class _Shard:
 def _update_index(folder, paths, image_column):
     """Reads the index in a folder, after what is new or has changed was added. Returns its `_Shard`s and rows."""
     old, old_rows = _read_index(folder)
-    known, now = {shard.path: shard for shard in old}, {path: _stat(path) for path in paths}
-    new = [path for path, shard in now.items() if not shard.is_like(known.get(path))]
-    if not new:
-        return old, old_rows
-    starts, outdated = np.cumsum([0] + [shard.rows for shard in old]), set(new)
-    kept = [(shard, start) for shard, start in zip(old, starts) if shard.path not in outdated]
+    new = _outdated(old, paths)
+    starts = np.cumsum([0] + [shard.rows for shard in old])
+    kept = [(shard, start) for shard, start in zip(old, starts) if shard.path not in new]
     shards = [shard for shard, _ in kept]
     parts = [np.array(old_rows[start : start + shard.rows]) for shard, start in kept]
+    saved = time.monotonic()
+
+    def save():
+        for number, rows in enumerate(parts):
+            rows["shard"] = number
+        _write_index(folder, shards, np.concatenate([np.empty(0, ROW), *parts]))
+
     bar = tqdm(desc="Indexing shards", total=len(new), disable=os.environ.get("LOCAL_RANK", "0") != "0")
     try:
         with _processes(len(new)) as map_in_processes, bar:
             scanned = map_in_processes(partial(_scan_shard, image_column=image_column), new)
-            for path, (rows, bad) in zip(new, scanned):
-                shards.append(replace(now[path], rows=len(rows), bad=bad))
+            for shard, (rows, bad) in zip(new.values(), scanned):
+                shards.append(replace(shard, rows=len(rows), bad=bad))
                 parts.append(rows)
                 bar.update(1)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
     finally:  # what is done need not be done again after an interruption
-        for number, rows in enumerate(parts):
-            rows["shard"] = number
-        _write_index(folder, shards, np.concatenate([np.empty(0, ROW), *parts]))
+        save()
     return _read_index(folder)
+
+
+def _outdated(shards, paths):
+    """{path: `_Shard`} of those paths that are not, or not as they are now, among the shards of an index."""
+    known, now = {shard.path: shard for shard in shards}, {path: _stat(path) for path in paths}
+    return {path: shard for path, shard in now.items() if not shard.is_like(known.get(path))}
 
 
 def _stat(path):
@@ -202,6 +229,10 @@ def _scan_shard(path, image_column):
     rows, bad = [], []
 
     def add(tar, key, files):
+        if "other image" in files:
+            files.setdefault("image", files["other image"])
+        if not files.keys() & {"image", "txt", "cls"}:
+            return  # such as a README
         try:
             rows.append(_row(tar, files))
         except IMAGE_ERRORS as error:
@@ -237,11 +268,15 @@ def _scan_shard(path, image_column):
 
 
 def _kind(extension, image_column):
-    """image, txt, json or cls, or None for files of which no use is made."""
+    """image, txt, json or cls, or None for files of which no use is made.
+
+    `depth.png` is another image, to be taken if there is no `png`, unless it is the image column.
+    """
     if extension in ("txt", "json", "cls"):
         return extension
-    is_image = "." + extension.rpartition(".")[2] in IMAGE_EXTENSIONS
-    return "image" if is_image and image_column in (None, extension) else None
+    if "." + extension.rpartition(".")[2] not in IMAGE_EXTENSIONS or image_column not in (None, extension):
+        return None
+    return "other image" if "." in extension and image_column is None else "image"
 
 
 def _row(tar, files):
@@ -326,20 +361,23 @@ class ShardSamples:
 
     def captions(self):
         """The caption or label of each sample that has one, None of the others, without reading the images."""
-        for index in range(len(self)):
+
+        def caption(index):
             try:
-                yield self.caption(index)
-            except (OSError, ValueError):
-                yield None
+                return self.caption(index)
+            except (OSError, ValueError, RecursionError):
+                return None
+
+        return self.labels[self.indices].tolist() if self.labels is not None else map(caption, range(len(self)))
 
     def sizes(self):
         """(height, width) of the images, `[N, 2]`."""
         return np.stack([self.rows[name][self.indices] for name in ("height", "width")], axis=1)
 
     def files_identity(self):
-        digest = hashlib.sha256(repr([_stat(path) for path in self.paths]).encode())
-        for name in ("shard", "image"):
-            digest.update(self.rows[name][self.indices].tobytes())
+        used, number = np.unique(self.rows["shard"][self.indices], return_inverse=True)
+        digest = hashlib.sha256(repr([_stat(self.paths[shard]) for shard in used]).encode())
+        digest.update(number.tobytes() + self.rows["image"][self.indices].tobytes())
         return digest.hexdigest()[:32]
 
     def select(self, indices):
@@ -351,7 +389,10 @@ class ShardSamples:
         try:
             with open(path, "rb") as shard:
                 shard.seek(start)
-                member = tarfile.TarInfo.frombuf(shard.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+                header = shard.read(tarfile.BLOCKSIZE)
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+                if header[tarfile.LENGTH_NAME - 1]:  # it may be cut, and the rest elsewhere
+                    member += f"... (byte {start})"
         except (OSError, tarfile.TarError):
             member = f"the image at byte {start}"
         return f"{member} in {path}"

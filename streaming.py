@@ -15,6 +15,7 @@ are shuffled as far as a block reaches.
 import atexit
 import itertools
 import math
+import os
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,7 @@ class HubStream(TrainingStream):
     instance_prompt: str | None = None
     to_label: object | None = None  # value of the column -> class label
     block_size: int = 1000
+    name: str = ""  # of the dataset
     rows_read: int = 0  # by this process
     places: dict = field(default_factory=lambda: {0: Place()})  # start -> `Place`, of the blocks that were begun
 
@@ -169,10 +171,24 @@ class HubStream(TrainingStream):
     def state(self, position, world_size):
         start = max(start for start in self.places if start <= position // world_size)
         self.places = {key: place for key, place in self.places.items() if key >= start}
-        return asdict(self.places[start])
+        return {"place": asdict(self.places[start]), **self._order()}
 
     def load_state(self, state):
-        self.places = {state["start"]: Place(**state)}
+        """Raises `UserError` if the order is another one now."""
+        for what, value in self._order().items():
+            if state[what] != value:
+                raise UserError(
+                    f"--resume_from_checkpoint: that run had {what.replace('_', ' ')} {state[what]}, now it is "
+                    f"{value}: with --streaming the order depends on it; give the same, or start a new run."
+                )
+        self.places = {state["place"]["start"]: Place(**state["place"])}
+
+    def _order(self):
+        return {
+            "dataset": self.name,
+            "number_of_files": self.samples.num_shards,
+            "shuffle_buffer_size": self.block_size,
+        }
 
 
 def _lost(error):
@@ -266,6 +282,7 @@ def open_stream(args):
         instance_prompt=args.instance_prompt,
         to_label=to_label,
         block_size=args.shuffle_buffer_size,
+        name=os.path.basename(os.path.normpath(args.dataset_name)),  # also after it was moved
         **stream_settings(args) | {"max_bad_images": args.max_bad_images},
     )
 

@@ -307,14 +307,14 @@ def load_checkpoint(accelerator, folder, stream):
             f"there are {stream.num_samples or 'those of a stream'}; give it the same data, or start a new run from "
             "its weights with another --output_dir."
         )
-    streams = state.get("streams") or [None]
-    if streams[0] is not None:
-        if len(streams) != accelerator.num_processes:
-            raise UserError(
-                f"--resume_from_checkpoint {folder}: with --streaming the order depends on the number of processes, "
-                f"which was {len(streams)}; start as many."
-            )
-        stream.load_state(streams[accelerator.process_index])
+    streams = state.get("streams") or []
+    if state["num_samples"] is None and len(streams) != accelerator.num_processes:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: with --streaming the order depends on the number of processes, which "
+            f"was {len(streams)}; start as many."
+        )
+    if streams:
+        stream.load_state(streams[accelerator.process_index % len(streams)])
     try:
         accelerator.load_state(folder)
     except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
@@ -539,7 +539,8 @@ def write_model_card(args, family, images):
     else:
         text = f"A {type(family.denoiser).__name__}, from scratch"
     text += f" with the VAE `{public_name(vae)}`" if vae else ""
-    text += f", trained on {f'`{public_name(dataset)}`' if dataset else 'a folder of images'} for "
+    data_words = "tar shards" if args.train_shards else "a folder of images"
+    text += f", trained on {f'`{public_name(dataset)}`' if dataset else data_words} for "
     text += f"{args.max_train_steps} steps at {args.resolution} pixels with {objective}."
     sections = [f"---\n{data.to_yaml()}\n---", f"# {args.hub_model_id}", text]
     if images is not None:

@@ -121,6 +121,16 @@ def test_the_trigger_word_leaves_dropout_and_the_choice_among_columns_as_they_we
 # One by one
 
 
+def test_a_part_of_another_word_is_not_the_trigger_word():
+    assert with_trigger_word("a portrait, an armchair", "art") == "art, a portrait, an armchair"
+    assert with_trigger_word("fine (Art)!", "art") == "fine (Art)!"
+    assert with_trigger_word("C++ code", "c++") == "C++ code"
+
+
+def test_half_of_a_character_is_no_caption():
+    assert not is_caption("\ud83d") and not is_caption(["a", "b \ud83d"]) and is_caption("\U0001f600")
+
+
 @pytest.mark.parametrize(
     "text, word, expected",
     [

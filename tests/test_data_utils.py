@@ -29,7 +29,7 @@ from data_sources import (
     read_image_folder,
 )
 from data_utils import TrainingStream, all_captions, build_dataloader, cache_latents, read_data
-from images import load_image, open_image, transform
+from images import IMAGE_ERRORS, image_size, load_image, open_image, transform
 
 
 def image_with_id(number):
@@ -241,6 +241,35 @@ def test_exif_orientation_is_applied(orientation):
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
     assert np.array_equal(load_image(data), upright)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 10)])
+def test_the_size_is_known_without_decoding(kind, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = encoded(Image.new("RGB", (30, 20)), kind, exif=exif)
+    assert image_size(data) == load_image(data).size[::-1]
+
+
+def test_an_orientation_that_is_no_number_is_none(monkeypatch):
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: {0x0112: "6"})
+    assert image_size(encoded(Image.new("RGB", (30, 20)), "JPEG")) == (20, 30)
+
+
+def test_an_image_that_would_become_too_long_is_a_bad_one():
+    with pytest.raises(ValueError, match="2 x 3000 pixels it is too long and thin"):
+        transform(Image.new("RGB", (2, 3000)), 512, True, False, "box")
+    assert transform(Image.new("RGB", (30, 3000)), 512, True, False, "box")["pixel_values"].shape == (3, 512, 512)
+
+
+def test_a_damaged_avif_is_a_bad_image():
+    rng = np.random.default_rng(0)
+    data = encoded(Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), "AVIF")
+    place = data.index(b"mdat") + 4
+    with pytest.raises(IMAGE_ERRORS):
+        load_image(data[:place] + bytes(300) + data[place + 300 :])
 
 
 def palette_image(**options):

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,23 +255,129 @@ def test_latents_that_are_not_finite_are_not_kept(tmp_path):
     assert not entries(tmp_path / "cache")
 
 
-def test_each_of_two_processes_makes_half(tmp_path, monkeypatch, counted):
-    samples = read_image_folder(str(make_folder(tmp_path / "photos", 7)))
-    vae, digests = build_tiny_vae(), disk_cache.image_digests(ALONE, samples, tmp_path / "cache")
-    monkeypatch.setattr(disk_cache, "gather_object", lambda objects: objects)
-    monkeypatch.setattr(disk_cache, "image_digests", lambda *args: digests)
-    shares = []
-    for rank in (1, 0):
-        process = SimpleNamespace(**{**vars(ALONE), "process_index": rank, "num_processes": 2})
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Calls a function in two threads that take each other for processes; returns both results."""
+    place, barrier, sent = threading.local(), threading.Barrier(2, timeout=30), {}
+
+    def gather_object(objects):
+        sent[place.rank] = objects
+        barrier.wait()
+        everything = [*sent[0], *sent[1]]
+        barrier.wait()
+        return everything
+
+    monkeypatch.setattr(disk_cache, "gather_object", gather_object)
+
+    def run(function):
+        def as_process(rank):
+            place.rank = rank
+            wait = {"wait_for_everyone": barrier.wait, "is_main_process": rank == 0}
+            return function(SimpleNamespace(**{**vars(ALONE), **wait, "process_index": rank, "num_processes": 2}))
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(as_process, range(2)))
+
+    return run
+
+
+def test_two_processes_share_what_is_missing(tmp_path, two_processes, counted):
+    samples = read_image_folder(str(make_folder(tmp_path / "photos", 12)))
+    (tmp_path / "photos" / "001.png").write_bytes(b"junk")  # its process has nothing else to find fault with
+    vae, embedded = build_tiny_vae(), []
+
+    def run(accelerator):
+        stream = TrainingStream(samples, 5, 8, center_crop=True, max_bad_images=1)
+        made = []
+
+        def encode_and_count(pixels):
+            made.append(id_of(pixels[0]))
+            return encode(pixels)
+
+        def embed(caption):
+            embedded.append(caption)
+            return {"x": torch.tensor([len(caption)])}
+
+        cache_latents_on_disk(accelerator, stream, encode_and_count, vae, tmp_path / "cache")
+        captions = [f"caption {n}" for n in range(5)]
+        on_disk = cache_embeddings_on_disk(accelerator, captions, embed, identity={}, folder=tmp_path / "cache")
+        assert [on_disk[caption]["x"].item() for caption in captions] == [9] * 5
+        assert {id_of(stream[p]["posterior"]) for p in range(12)} == set(range(12)) - {1}
+        return made
+
+    made = two_processes(run)
+    assert sorted(made[0] + made[1]) == [n for n in range(12) if n != 1] and {len(part) for part in made} == {5, 6}
+    assert sorted(embedded) == [f"caption {n}" for n in range(5)]
+    # After one process was interrupted, its part is not left to it alone.
+    stream = TrainingStream(samples, 5, 8, center_crop=True, max_bad_images=1)
+    cache_latents_on_disk(ALONE, stream, encode, vae, tmp_path / "cache")
+    for index in (3, 5, 7, 9):
+        stream.cache.cache._path(stream.cache.key(index, False)).unlink()
+    made = two_processes(run)
+    assert sorted(made[0] + made[1]) == [3, 5, 7, 9] and {len(part) for part in made} == {2}
+
+
+def test_another_machine_that_does_not_see_the_folder(tmp_path, two_processes, monkeypatch):
+    samples = read_image_folder(str(make_folder(tmp_path / "photos", 4)))
+    vae = build_tiny_vae()
+
+    def run(accelerator):
         stream = TrainingStream(samples, 5, 8, center_crop=True)
-        if rank == 1:  # that of process 0 is not there yet
-            with pytest.raises(UserError, match="other machines do not see"):
-                cache_latents_on_disk(process, stream, encode, vae, tmp_path / "cache")
-        else:
-            cache_latents_on_disk(process, stream, encode, vae, tmp_path / "cache")
-        shares.append(len(counted["latents"]))
-        forget(counted)
-    assert shares == [3, 4] and {id_of(stream[p]["posterior"]) for p in range(7)} == set(range(7))
+        with pytest.raises(UserError, match="other machines do not see what this one writes"):
+            cache_latents_on_disk(accelerator, stream, encode, vae, tmp_path / f"cache{accelerator.process_index}")
+
+    two_processes(run)
+
+
+def test_a_file_that_could_not_be_read_once_has_no_entry(tmp_path, monkeypatch, counted):
+    samples = read_image_folder(str(make_folder(tmp_path / "photos", 4)))
+    read, failing = disk_cache.image_bytes, {1, 2}
+
+    def read_or_fail(samples, index):
+        if index in failing:
+            raise OSError("the network is gone")
+        return read(samples, index)
+
+    monkeypatch.setattr(disk_cache, "image_bytes", read_or_fail)
+    vae, cache = build_tiny_vae(), tmp_path / "cache"
+    stream = TrainingStream(samples, 5, 8, center_crop=True, max_bad_images=2)
+    cache_latents_on_disk(ALONE, stream, encode, vae, cache)
+    assert len(stream.bad) == 2 and {id_of(stream[p]["posterior"]) for p in range(4)} == {0, 3}
+    failing.clear()
+    stream = TrainingStream(samples, 5, 8, center_crop=True)
+    cache_latents_on_disk(ALONE, stream, encode, vae, cache)
+    assert len(counted["latents"]) == 4 and {id_of(stream[p]["posterior"]) for p in range(4)} == {0, 1, 2, 3}
+
+
+def test_a_damaged_entry_among_very_many_is_made_anew_by_the_next_run(tmp_path, monkeypatch, counted):
+    monkeypatch.setattr(disk_cache, "MAX_READ_AHEAD", 3)
+    samples = read_image_folder(str(make_folder(tmp_path / "photos", 6)))
+    vae = build_tiny_vae()
+
+    def cached_stream():
+        stream = TrainingStream(samples, 5, 8, center_crop=True, max_bad_images=1)
+        cache_latents_on_disk(ALONE, stream, encode, vae, tmp_path / "cache")
+        return stream
+
+    stream = cached_stream()
+    stream.cache.cache._path(stream.cache.key(4, False)).write_bytes(b"")
+    forget(counted)
+    stream = cached_stream()  # sees that there is a file
+    assert {id_of(stream[p]["posterior"]) for p in range(6)} == {0, 1, 2, 3, 5} and counted["latents"] == []
+    stream = cached_stream()
+    assert {id_of(stream[p]["posterior"]) for p in range(6)} == set(range(6)) and len(counted["latents"]) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_damaged_digests_are_computed_again(tmp_path, damage):
+    samples = read_image_folder(str(make_folder(tmp_path / "photos", 5)))
+    digests = disk_cache.image_digests(ALONE, samples, tmp_path / "cache").copy()
+    path = next((tmp_path / "cache" / "digests").iterdir())
+    path.write_bytes(path.read_bytes()[:-9] if damage is None else damage)
+    assert np.array_equal(disk_cache.image_digests(ALONE, samples, tmp_path / "cache"), digests)
+    assert np.array_equal(np.load(path), digests)
+    (tmp_path / "file").write_text("")
+    assert np.array_equal(disk_cache.image_digests(ALONE, samples, tmp_path / "file"), digests)  # can't be kept
 
 
 def test_what_is_there_is_not_read_again_until_a_file_changes(tmp_path, monkeypatch):

@@ -304,11 +304,14 @@ def test_images_that_are_in_the_output_are_not_overwritten(caption, folder, tmp_
 
 def test_only_the_first_samples_and_later_the_others(caption, captioned, folder, tmp_path):
     caption("--train_data_dir", folder, "--output_dir", tmp_path / "all")
-    caption("--train_data_dir", folder, "--max_train_samples", 3)
-    assert [row["file_name"] for row in rows_of(folder)] == images_in(folder)[:3]
-    caption("--train_data_dir", folder)
-    assert rows_of(folder) == rows_of(tmp_path / "all")
+    few = ("--train_data_dir", folder, "--output_dir", tmp_path / "few")
+    caption(*few, "--max_train_samples", 3)
+    assert [row["file_name"] for row in rows_of(tmp_path / "few")] == images_in(folder)[:3]
+    caption(*few)
+    assert rows_of(tmp_path / "few") == rows_of(tmp_path / "all")
     assert captioned.images == 7 + 7
+    with pytest.raises(SystemExit):  # training would take the three for all there is
+        caption("--train_data_dir", folder, "--max_train_samples", 3)
 
 
 # Interruptions, several processes

@@ -267,6 +267,15 @@ def test_a_run_that_was_resumed_can_be_resumed_again(open_stream):
     assert_same_batches(straight, seen)
 
 
+def test_another_order_or_dataset_is_not_gone_on_with(open_stream):
+    stream = open_stream()
+    take(build_dataloader(stream, 4), 5)
+    state = stream.state(20, 1)
+    for name, value in (("shuffle_buffer_size", 77), ("number_of_files", 1), ("dataset", "other")):
+        with pytest.raises(UserError, match=f"that run had {name.replace('_', ' ')} {value}, now it is"):
+            open_stream().load_state({**state, name: value})
+
+
 def test_resumed_with_another_batch_size_no_row_is_lost_or_doubled(open_stream):
     straight = ids(take(build_dataloader(open_stream(), 4), 30))
     stream = open_stream()
