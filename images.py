@@ -51,8 +51,8 @@ def image_size(source):
     Raises one of `IMAGE_ERRORS`.
     """
     with open_image(source) as image:
-        # A PNG would be decoded to look for EXIF behind its pixels, where hardly anybody puts it; a TIFF's size is that
-        # of the turned image already.
+        # A PNG would be decoded to look for EXIF behind its pixels, where hardly anybody puts it. The size of a TIFF
+        # is that of the turned image already.
         to_turn = "exif" in image.info if image.format == "PNG" else image.format != "TIFF"
         turned = to_turn and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size if turned else image.size[::-1]
