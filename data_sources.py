@@ -1,9 +1,9 @@
-"""Where images and captions come from: a folder or a `datasets` dataset, as a sequence of samples.
+"""Where images and captions come from: a folder, a `datasets` dataset or tar shards, as a sequence of samples.
 
-    read_image_folder, read_hub_dataset    samples: (image, caption) pairs
-    read_class_folder, read_hub_dataset    samples: (image, class label) pairs, and the classes' names
-    limit_samples, check_images            fewer samples: `--max_train_samples`, unreadable images
-    labels_of, check_labels                the labels alone, and whether the model has such classes
+    read_image_folder, read_hub_dataset, read_shards    samples: (image, caption) pairs
+    read_class_folder, read_hub_dataset, read_shards    samples: (image, class label) pairs, and the classes' names
+    limit_samples, check_images                         fewer samples: `--max_train_samples`, unreadable images
+    image_sizes, labels_of, check_labels                sizes and labels alone, and whether the model has such classes
 
 In a sample, image is a path or the bytes of an image file, and caption one of `captions.py` or, for class-conditional
 models, an int, the class label. Samples are a list of pairs or, where images are not files of their own, an object
@@ -366,6 +366,14 @@ class HubSamples:
     def __len__(self):
         return len(self.rows)
 
+    def __getitem__(self, index):
+        return self.image(index), self.caption(index)
+
+    def image(self, index):
+        """The image's file or its path, whether there is a caption or not."""
+        image = self.dataset[int(self.rows[index])][self.image_column] or {"bytes": None, "path": None}
+        return image["bytes"] or image["path"] or b""
+
     def captions(self):
         if self.labels is not None:
             return self.labels[self.rows].tolist()
@@ -400,14 +408,6 @@ class HubSamples:
 
     def name(self, index):
         return f"row {self.rows[index]} of the dataset"
-
-    def __getitem__(self, index):
-        return self.image(index), self.caption(index)
-
-    def image(self, index):
-        """The image's file or its path, whether there is a caption or not."""
-        image = self.dataset[int(self.rows[index])][self.image_column] or {"bytes": None, "path": None}
-        return image["bytes"] or image["path"] or b""
 
 
 def read_hub_dataset(

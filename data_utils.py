@@ -270,14 +270,14 @@ class _Batches:
     def __getitem__(self, item):
         import torch
 
-        stream = self.stream
+        stream, more = self.stream, {}
         try:
             samples = stream.batch(item, self.batch_size)
             if stream.prior is not None:
                 samples += [stream.prior[PRIOR_POSITION + sample["position"]] for sample in samples]
-            embeddings = None
+                more["num_instances"] = self.batch_size
             if stream.embeddings is not None:
-                embeddings = [stream.embeddings[sample["caption"]] for sample in samples]
+                more["embeddings"] = [stream.embeddings[sample["caption"]] for sample in samples]
         except UserError as error:
             return error
         if stream.cache is None:
@@ -292,8 +292,7 @@ class _Batches:
             "crop_top_lefts": torch.tensor([sample["crop_top_left"] for sample in samples]),
             "target_sizes": torch.tensor([sample["target_size"] for sample in samples]),
             "bad": {name: reason for sample in samples for name, reason in sample["bad"].items()},
-            **({"num_instances": self.batch_size} if stream.prior is not None else {}),
-            **({"embeddings": embeddings} if embeddings is not None else {}),
+            **more,
         }
 
 

@@ -315,23 +315,29 @@ class ShardSamples:
 
     def __getitem__(self, index):
         """Raises OSError or ValueError if a file can't be read or there is no caption."""
-        row = self.rows[self.indices[index]]
-        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+        with self._opened(index) as (row, shard):
             return _read(shard, row["image"]), self._caption(index, row, shard)
 
     def image(self, index):
         """The image's file, whether there is a caption or not. Raises OSError."""
-        row = self.rows[self.indices[index]]
-        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+        with self._opened(index) as (row, shard):
             return _read(shard, row["image"])
 
     def caption(self, index):
-        """The caption or label without the image."""
-        row = self.rows[self.indices[index]]
-        if self.labels is not None:
-            return self._caption(index, row, None)
-        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
+        """The caption or label without the image. Raises OSError or ValueError."""
+        with self._opened(index) as (row, shard):
             return self._caption(index, row, shard)
+
+    def fields(self, index):
+        """What is known of a sample: the fields of its json file, and the text file's text as `txt`."""
+        with self._opened(index) as (row, shard):
+            return self._fields(row, shard)
+
+    @contextmanager
+    def _opened(self, index):
+        row = self.rows[self.indices[index]]
+        with open(self.paths[row["shard"]], "rb") as shard:
+            yield row, shard
 
     def _caption(self, index, row, shard):
         if self.labels is not None:
@@ -343,12 +349,6 @@ class ShardSamples:
         if not is_caption(caption):
             raise ValueError("it has no caption" if is_blank(caption) else f"its caption is no text: {caption!r:.40}")
         return caption
-
-    def fields(self, index):
-        """What is known of a sample: the fields of its json file, and the text file's text as `txt`."""
-        row = self.rows[self.indices[index]]
-        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
-            return self._fields(row, shard)
 
     @staticmethod
     def _fields(row, shard):
