@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,20 @@ def class_folders(tmp_path_factory):
     for name, seed in (("golden retriever", 1), ("volcano", 2)):
         (build_photo_folder(folder / name, n=4, size=72, seed=seed) / "metadata.jsonl").unlink()
     return folder
+
+
+@pytest.fixture
+def time_limit():
+    """A hang is a failure: what waits in Python can be interrupted by a signal."""
+
+    def stop(*_):
+        raise TimeoutError("it hangs")
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)
 
 
 @pytest.fixture

@@ -32,6 +32,9 @@ from data_utils import TrainingStream, all_captions, build_dataloader, cache_lat
 from images import IMAGE_ERRORS, image_size, load_image, open_image, transform
 
 
+pytestmark = pytest.mark.usefixtures("time_limit")
+
+
 def image_with_id(number):
     """A plain image of a size of its own; its red value is its id, whatever the crop."""
     return Image.new("RGB", (9 + number % 5, 9 + number % 3), (number, 77, 200))

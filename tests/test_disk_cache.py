@@ -31,6 +31,7 @@ from disk_cache import DiskCache, cache_embeddings_on_disk, cache_latents_on_dis
 from shards import open_shards
 
 
+pytestmark = pytest.mark.usefixtures("time_limit")
 FLAGS = ("--center_crop", "--random_flip", "--seed", 3, "--proportion_empty_prompts", 0.3)
 ALONE = SimpleNamespace(
     process_index=0,

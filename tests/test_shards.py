@@ -26,6 +26,9 @@ from images import load_image
 from shards import open_shards
 
 
+pytestmark = pytest.mark.usefixtures("time_limit")
+
+
 def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -86,21 +89,6 @@ def scans(monkeypatch):
     monkeypatch.setattr(shards, "_scan_shard", counted)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     return found
-
-
-@pytest.fixture(autouse=True)
-def time_limit():
-    """A hang is a failure; what waits in a lock of Python's can be interrupted by a signal."""
-    import signal
-
-    def stop(*_):
-        raise TimeoutError("it hangs")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
 
 
 def take(loader, count):
@@ -480,7 +468,7 @@ def test_of_processes_that_start_at_once_one_builds_the_index(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(3)
     arguments = (paths, str(tmp_path / "cache"), barrier, str(log))
-    processes = [context.Process(target=_build, args=arguments) for _ in range(3)]
+    processes = [context.Process(target=_build, args=arguments, daemon=True) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

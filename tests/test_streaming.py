@@ -4,7 +4,6 @@ import io
 import itertools
 import os
 import shutil
-import signal
 import threading
 import time
 from argparse import Namespace
@@ -27,18 +26,7 @@ BLOCK = 8
 FILES = (12, 5, 20)  # rows of each: 37 in all
 
 
-@pytest.fixture(autouse=True)
-def time_limit():
-    """A hang is a failure."""
-
-    def stop(*_):
-        raise TimeoutError("it hangs")
-
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
+pytestmark = pytest.mark.usefixtures("time_limit")
 
 
 def png(number, side=9):
