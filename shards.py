@@ -336,7 +336,7 @@ class ShardSamples:
     @contextmanager
     def _opened(self, index):
         row = self.rows[self.indices[index]]
-        with open(self.paths[row["shard"]], "rb") as shard:
+        with open(self.paths[row["shard"]], "rb", buffering=0) as shard:
             yield row, shard
 
     def _caption(self, index, row, shard):
@@ -400,7 +400,10 @@ class ShardSamples:
 
 def _read(shard, place):
     shard.seek(int(place["offset"]))
-    content = shard.read(int(place["size"]))
-    if len(content) < place["size"]:
-        raise OSError("the shard has become shorter")
+    content, size = b"", int(place["size"])
+    while len(content) < size:  # mostly once; without a buffer less may come than was asked for
+        part = shard.read(size - len(content))
+        if not part:
+            raise OSError("the shard has become shorter")
+        content += part
     return content
