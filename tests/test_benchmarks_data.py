@@ -64,6 +64,7 @@ def test_ratio_is_taken_round_by_round():
     assert data.ratio([2, 40, 3], [1, 10, 1]) == "3 (2 to 4)"
 
 
+@pytest.mark.slow
 def test_all_tables(capsys):
     data.main(
         "--sizes 96x64 --files 30 --shards 3 --samples_per_shard 10 --photos 8 --reads 20 --rounds 2 --steps 2".split()
