@@ -6,11 +6,15 @@ library is imported, so that `--help` and a wrong flag answer at once.
 
 import argparse
 import difflib
+import errno
 import importlib.util
+import json
 import math
 import os
 import sys
 from pathlib import Path
+
+import interruption
 
 
 class UserError(ValueError):
@@ -42,11 +46,24 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, args):
     """Call a script's `main`; a `UserError` becomes one sentence and exit code 1, the rest keeps its traceback."""
+    interruption.install()
     try:
         main(args)
     except UserError as error:
-        print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        reason = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = f"the disk is full ({error}); make room, and go on with --resume_from_checkpoint latest."
+    except KeyboardInterrupt:
+        reason = "stopped at once; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one."
+    else:
+        if os.environ.get("RANK", "0") != "0":  # the launcher ends the main process, which saves, if this one's
+            sys.stdout.flush()  # libraries fail on their way out
+            os._exit(0)
+        return
+    print(f"\n{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    sys.exit(1)
 
 
 def auto_or_number(text):
@@ -191,6 +208,8 @@ def add_training_arguments(parser, output_dir, xformers=False):
     if xformers:
         add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention instead of "
             "torch's; needs `pip install xformers` and a GPU")
+    add("--nccl_timeout", type=int, metavar="SECONDS", help="how long processes wait for each other before they give "
+        "up; by default torch's, 10 minutes with NCCL")
     add("--dry_run", action="store_true", help="print the resolved settings, what is trained, what a step costs in "
         "memory and arithmetic, counted without a GPU, and what LPL finds in each block of the decoder; then stop")
 
@@ -221,6 +240,8 @@ def add_diffusion_arguments(parser, flow=False):
         add("--logit_mean", type=number, default=0.0, help="mean of logit_normal; positive means less noise")
         add("--logit_std", type=number, default=1.0, help="standard deviation of logit_normal")
         add("--mode_scale", type=number, default=1.29, help="how strongly mode favours the middle")
+    add("--stratified_timesteps", action="store_true", help="spread the noise levels of each optimizer step evenly "
+        "over all samples and processes: less variance, and all processes decode about as many samples for LPL")
     add("--rescale_betas_zero_snr", action="store_true", help="zero terminal SNR (Lin et al.), not with epsilon")
     add("--snr_gamma", type=number, help="min-SNR loss weights; 5.0 in the paper of Hang et al.")
     add("--noise_offset", type=number, default=0.0, help="scale of the noise that is constant over positions")
@@ -268,6 +289,7 @@ def add_output_arguments(parser, guidance_scale=None):
     group = parser.add_argument_group("checkpoints, validation, logging")
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
+    add("--checkpoint_minutes", type=number, help="also a checkpoint when the last one is older than this")
     add("--checkpoints_total_limit", type=int, help="older checkpoints are removed after a new one is complete")
     add("--resume_from_checkpoint", help="folder of a checkpoint, or latest")
     add("--validation_prompts", nargs="+", help="prompts (class names or numbers) to draw during training")
@@ -632,9 +654,10 @@ def check_output_dir(args):
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
     checkpoints = complete_checkpoints(output)
+    damaged = [(folder, reason) for folder in all_checkpoints(output)[::-1] if (reason := damage(folder))]
     results = ("model_index.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
     finished = any((output / name).exists() for name in results)
-    if wanted is None and checkpoints:
+    if wanted is None and (checkpoints or damaged):
         raise UserError(
             f"--output_dir {output} holds another run: choose another folder, or continue it with "
             "--resume_from_checkpoint latest."
@@ -642,6 +665,13 @@ def check_output_dir(args):
     if wanted in (None, "latest") and finished and not checkpoints:
         raise UserError(f"--output_dir {output} holds a saved model: choose another folder.")
     if wanted == "latest":
+        for folder, reason in damaged:
+            print(f"--resume_from_checkpoint latest: {folder} is damaged ({reason}) and passed over.", file=sys.stderr)
+        if damaged and not checkpoints:
+            raise UserError(
+                f"--resume_from_checkpoint latest: no checkpoint in {output} is complete; start anew with "
+                "another --output_dir."
+            )
         if not checkpoints:
             print(f"--resume_from_checkpoint latest: no checkpoint in {output} yet, starting at step 0.")
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
@@ -649,15 +679,41 @@ def check_output_dir(args):
         folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
         if folder is None:
             raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder; `latest` finds the newest.")
-        if not (folder / "training_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {folder} is incomplete (no training_state.json): choose another checkpoint."
-            )
+        if reason := damage(folder):
+            raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another checkpoint.")
         args.resume_from_checkpoint = str(folder)
+
+
+STATE_FILE = "training_state.json"  # of a checkpoint
 
 
 def complete_checkpoints(output):
     """The folders `checkpoint-{step}` that are complete, oldest first."""
+    return [folder for folder in all_checkpoints(output) if damage(folder) is None]
+
+
+def all_checkpoints(output):
     names = (path for path in Path(output).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdigit())
-    complete = (path for path in names if (path / "training_state.json").is_file())
-    return sorted(complete, key=lambda path: int(path.name[len("checkpoint-") :]))
+    return sorted(names, key=lambda path: int(path.name[len("checkpoint-") :]))
+
+
+def damage(folder):
+    """What a checkpoint's list of files shows to be missing or cut, or None."""
+    try:
+        files = read_training_state(folder)["files"]
+        for name, size in files.items():
+            path = Path(folder, name)
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return f"{STATE_FILE} is missing or damaged"
+
+
+def read_training_state(folder):
+    """What `checkpoints` wrote to a checkpoint's `training_state.json`."""
+    try:
+        return json.loads(Path(folder, STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume_from_checkpoint {folder} is damaged ({error}): choose another one.") from error

@@ -24,6 +24,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+import interruption
 from arguments import UserError
 from buckets import BucketOrder, nearest_bucket
 from captions import all_texts, draw_text, with_trigger_word
@@ -316,6 +317,7 @@ def build_dataloader(stream, batch_size, rank=0, world_size=1, start_position=0,
         batch_size=None,  # an item is a whole batch already
         sampler=stream.items(rank, world_size, batch_size, start_position),
         num_workers=num_workers,
+        worker_init_fn=interruption.ignore,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so move, the global generator
     )

@@ -40,7 +40,7 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
     fixed = sum(count[name] for name in STAYS)
     # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
-    family.sample_timesteps = lambda generators: family.timesteps[:1].repeat(len(generators))
+    family.sample_timesteps = lambda generators, quantiles=(): family.timesteps[:1].repeat(len(generators))
     step = partial(count_step, accelerator, every, family, model, batch, training_step)
 
     passes = args.gradient_accumulation_steps

@@ -7,6 +7,7 @@ Shapes: B batch, C latent channels, h x w latent positions, H x W pixels, T nois
 import difflib
 import inspect
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import diffusers
@@ -103,7 +104,9 @@ class Family:
 
         for module in (self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
-        self.adapted = self._add_adapters() if args.use_lora else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed or 0)  # adapters begin alike in all processes
+            self.adapted = self._add_adapters() if args.use_lora else {}
         for name in self.unread:
             self.denoiser.get_submodule(name).requires_grad_(False)
         if args.dry_run:
@@ -264,13 +267,20 @@ class Family:
         """mu of the noise levels, where the scheduler lets it depend on the number of tokens."""
         return dynamic_shift(self.pipe.scheduler.config, sequence_length)
 
-    def sample_timesteps(self, generators):
-        """Timesteps `[B]`, from CPU generators, so that nobody waits for the device to know them."""
+    def sample_timesteps(self, generators, quantiles=()):
+        """Timesteps `[B]`, from CPU generators, so that nobody waits for the device to know them.
+
+        Of the first samples the quantiles can be given, numbers in [0, 1) (see `noise.stratified_quantiles`).
+        """
         if (self.timestep_weights == self.timestep_weights[0]).all():
             draws = [torch.randint(0, len(self.timesteps), (1,), generator=generator) for generator in generators]
         else:
             draws = [torch.multinomial(self.timestep_weights, 1, generator=generator) for generator in generators]
-        return self.timesteps[torch.cat(draws)]
+        index = torch.cat(draws)
+        if len(quantiles):
+            found = torch.searchsorted(self.timestep_weights.double().cumsum(0), quantiles, right=True)
+            index[: len(quantiles)] = found.clamp(max=len(self.timesteps) - 1)
+        return self.timesteps[index]
 
     def noise_levels(self, timesteps):
         """alpha, sigma `[B]` of z_t = alpha z_0 + sigma eps, on the CPU like `timesteps`."""
@@ -412,13 +422,26 @@ class Family:
                 part.register_to_config(_name_or_path=Path(path).resolve().name)
         pipe.save_pretrained(folder)
 
+    def rebuild_denoiser(self, state):
+        """The denoiser anew, on the CPU, from name -> whole tensor (with LoRA the adapters'); it can only be saved."""
+        config = self.denoiser.config
+        with torch.device("meta"):
+            denoiser = self.denoiser_class.from_config(config)
+        if self.args.use_lora:
+            self._add_adapter(denoiser)
+            self.adapted[self.denoiser_name] = denoiser
+        denoiser.load_state_dict(state, strict=not self.args.use_lora, assign=True)
+        self.denoiser = self.model = denoiser
+
     def load_result(self, folder):
         """The result as its user will load it: a stock pipeline on the device. What was trained leaves the device.
 
         Returns a function that draws one PIL image of a prompt with the pipeline's settings.
         """
         self.place(encoder=False, decoder=False, text_encoders=False)
-        if not self.args.bnb_quantization_config_path:  # in 8 bits it can't be moved, and is small
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        empty = any(tensor.is_meta for tensor in tensors)  # it was rebuilt to be saved
+        if not empty and not self.args.bnb_quantization_config_path:  # in 8 bits it can't be moved, and is small
             self.model.to("cpu")
         settings = {**self.unused, **self.settings, "dtype": self.weight_dtype}  # its sampler can't mix precisions
         if self.args.use_lora:
@@ -496,27 +519,32 @@ class Family:
 
     def _add_adapters(self):
         """LoRA on the denoiser and, if asked for, on the text encoders; returns name -> model with adapters."""
-        args = self.args
-        shared = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        shared |= {"use_dora": args.use_dora, "init_lora_weights": "gaussian"}
-        layers = [layer.strip() for layer in (args.lora_layers or self.lora_layers).split(",")]
-        adapted = {self.denoiser_name: self.denoiser.requires_grad_(False)}
-        config = LoraConfig(target_modules=layers, **shared)
-        try:
-            if self.stock_lora:
-                self.denoiser.add_adapter(config)
-            else:
-                inject_adapter_in_model(config, self.denoiser)
-        except ValueError as error:
-            raise UserError(f"--lora_layers {args.lora_layers}: {str(error).splitlines()[0]}") from error
-        if args.train_text_encoder:
+        adapted = {self.denoiser_name: self._add_adapter(self.denoiser.requires_grad_(False))}
+        if self.args.train_text_encoder:
             for name, text_encoder in self.text_encoders.items():
                 layers = range(self._layers_used(name, text_encoder))
                 names = {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "layers_pattern": "layers"}
-                text_encoder.add_adapter(LoraConfig(**names, layers_to_transform=list(layers), **shared))
+                text_encoder.add_adapter(self._lora_config(layers_to_transform=list(layers), **names))
             adapted |= self.text_encoders
         cast_training_params(list(adapted.values()), torch.float32)
         return adapted
+
+    def _add_adapter(self, denoiser):
+        layers = [layer.strip() for layer in (self.args.lora_layers or self.lora_layers).split(",")]
+        config = self._lora_config(target_modules=layers)
+        try:
+            if self.stock_lora:
+                denoiser.add_adapter(config)
+            else:
+                inject_adapter_in_model(config, denoiser)
+        except ValueError as error:
+            raise UserError(f"--lora_layers {self.args.lora_layers}: {str(error).splitlines()[0]}") from error
+        return denoiser
+
+    def _lora_config(self, **layers):
+        args = self.args
+        scale = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        return LoraConfig(use_dora=args.use_dora, init_lora_weights="gaussian", **scale, **layers)
 
     @staticmethod
     def _layers_used(name, text_encoder):

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, h x w latent positions, T noise levels.
 
 import math
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
@@ -80,6 +81,20 @@ def flow_timestep_weights(args, num_timesteps):
         u = 1 - u - args.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
     counts = torch.bincount((u * num_timesteps).long().clamp(max=num_timesteps - 1), minlength=num_timesteps)
     return (counts / len(u)).flip(0).float()
+
+
+def stratified_quantiles(seed, step, batch_size, num_groups, group):
+    """Where one group's samples lie between the least and the most noise: `[B]` float64 in [0, 1).
+
+    A group is a forward pass of one process; an optimizer step has `num_groups`. Of its B x num_groups samples each
+    has one of as many equal strata to itself, and each group has one in each B-th of the whole, so that all decode as
+    many samples for LPL, give or take one. Each sample alone is uniform: expectations stay as they are.
+    """
+    rng = np.random.default_rng([seed, step, 2])  # the same for all groups
+    places = rng.permuted(np.tile(np.arange(num_groups), (batch_size, 1)), axis=1)[:, group]
+    own = np.random.default_rng([seed, step, 3, group])
+    quantiles = (np.arange(batch_size) + (places + own.random(batch_size)) / num_groups) / batch_size
+    return torch.from_numpy(own.permutation(quantiles))
 
 
 def timestep_weights(args, num_timesteps):

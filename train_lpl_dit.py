@@ -64,11 +64,14 @@ from typing import NamedTuple
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks at import that torchvision is missing
 import torch
 
+import interruption
+from checkpoints import Checkpoints, last_step
 from data_utils import build_dataloader, make_stream
 from dry_run import dry_run
+from engines import prepare
 from lpl_utils import compare_gradients, lpl_term, summarize
 from model_families import find_family
-from noise import add_noise, sample_noise, training_target
+from noise import add_noise, sample_noise, stratified_quantiles, training_target
 from objectives import calibrate_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
 from train_utils import (
     DTYPES,
@@ -78,14 +81,11 @@ from train_utils import (
     create_hub_repo,
     draw,
     finish,
-    load_checkpoint,
     make_accelerator,
     make_ema,
     make_lr_scheduler,
     make_optimizer,
-    register_checkpoint_models,
     sample_generators,
-    save_checkpoint,
     start_run,
     step_ema,
 )
@@ -109,7 +109,7 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     """Noise a batch, let the model denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
     generators = sample_generators(args.seed, batch["positions"], purpose=0)
     device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
-    timesteps = family.sample_timesteps(generators)
+    timesteps = family.sample_timesteps(generators, batch.get("quantiles", ()))
     alpha, sigma = family.noise_levels(timesteps)
     with torch.no_grad():
         conditioning = family.conditioning(batch)
@@ -172,7 +172,7 @@ def main(args):
     global_batch = args.train_batch_size * accelerator.num_processes
     samples_per_step = global_batch * args.gradient_accumulation_steps
     if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * stream.num_samples / samples_per_step)
+        args.max_train_steps = last_step(args, stream.num_samples, samples_per_step)
     if args.validation_steps is None:
         args.validation_steps = 500
         if args.validation_epochs:
@@ -199,19 +199,17 @@ def main(args):
     # Optimizer, schedule, average weights.
     trained = [p for p in family.model.parameters() if p.requires_grad]
     optimizer = make_optimizer(args, trained, accelerator)
+    model, optimizer, weights = prepare(accelerator, args, family, optimizer)
     lr_scheduler = make_lr_scheduler(args, optimizer)
-    placement = [False, False] if args.dry_run else None
-    model, optimizer = accelerator.prepare(family.model.train(), optimizer, device_placement=placement)
-    ema = make_ema(args, family, trained, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
+    ema = make_ema(args, family, weights, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
     if args.dry_run:
         return dry_run(accelerator, args, family, model, lpl, tau, ema, next(batches()), training_step)
 
     # Where to start.
-    register_checkpoint_models(accelerator, family, ema)
-    accelerator.register_for_checkpointing(lr_scheduler)
+    checkpoints = Checkpoints(accelerator, args, weights, ema, lr_scheduler, stream)
     global_step, position = 0, 0  # optimizer steps done, samples consumed
     if args.resume_from_checkpoint:
-        state = load_checkpoint(accelerator, args.resume_from_checkpoint, stream)
+        state = checkpoints.load(args.resume_from_checkpoint)
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
@@ -224,6 +222,9 @@ def main(args):
 
     log = Log(accelerator, args, global_step)
     dataloader = batches(start_position=position)
+    groups = args.gradient_accumulation_steps * accelerator.num_processes
+    strata = partial(stratified_quantiles, args.seed, batch_size=args.train_batch_size, num_groups=groups)
+    interruption.defer()  # from here on a signal ends the run after a step, with a checkpoint
     while global_step < args.max_train_steps:
         step_lpl = lpl if global_step >= args.lpl_start_step else None
         if step_lpl is not None and lpl.weight is None:
@@ -232,7 +233,10 @@ def main(args):
 
         # One optimizer step, of several forward passes if gradients are accumulated.
         diagnostics = {}
-        for batch in islice(dataloader, args.gradient_accumulation_steps):
+        for micro_step, batch in enumerate(islice(dataloader, args.gradient_accumulation_steps)):
+            if args.stratified_timesteps:
+                group = micro_step * accelerator.num_processes + accelerator.process_index
+                batch["quantiles"] = strata(global_step, group=group)
             with accelerator.accumulate(model):
                 forward = training_step(args, family, model, step_lpl, batch, args.lpl_max_samples)
                 terms = {"l2": forward.diffusion_loss}
@@ -243,10 +247,11 @@ def main(args):
                         diagnostics |= summarize(forward.lpl_stats)
                 loss = sum(terms.values())
                 log.add(terms, forward.sample_losses, forward.noise_levels)
+                if accelerator.sync_gradients:  # stops here if they are not finite, before the weights move
+                    losses, wishes = log.reduce(global_step, checkpoints.wishes())
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    losses = log.reduce(global_step)  # stops here if they are not finite, before the weights move
-                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                    accelerator.clip_grad_norm_(weights.parameters, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             position += global_batch
@@ -254,16 +259,17 @@ def main(args):
         if not accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()
             if ema is not None:
-                step_ema(ema, trained)
+                step_ema(ema, weights)
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
-        if global_step % args.checkpointing_steps == 0:
-            state = {"step": global_step, "position": position, "lpl": lpl.state_dict() if lpl is not None else None}
-            save_checkpoint(accelerator, args, stream, state)
+        if checkpoints.is_due(global_step, wishes):
+            checkpoints.save(global_step, position, lpl)
+        if checkpoints.is_over(global_step, wishes):
+            return
         if args.validation_prompts and global_step % args.validation_steps == 0:
-            draw(accelerator, args, family, trained, ema, global_step)
+            draw(accelerator, args, family, weights, ema, global_step)
 
-    finish(accelerator, args, family, trained, ema, optimizer)
+    finish(accelerator, args, family, weights, ema, optimizer)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,24 @@ import shlex
 import shutil
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -29,10 +38,13 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
-from arguments import UserError, complete_checkpoints
+import interruption
+from arguments import UserError, read_training_state
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
+from engines import check_engine
 from model_checks import is_folder_name
 
 
@@ -55,15 +67,28 @@ def make_accelerator(args):
         # DDP can't wrap a model without values, whose device is "cpu" and not "cpu:0".
         accelerator.state.distributed_type, accelerator.state.device = DistributedType.NO, torch.device("cpu")
         return accelerator
+    # What the accelerate config says there, the flags and this script know better.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:  # would leave the frozen models of other processes empty
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    group = {}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
+        group["backend"] = "gloo"  # accelerate would take NCCL
+    if args.nccl_timeout is not None:
+        group["timeout"] = timedelta(seconds=args.nccl_timeout)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=project,
+            kwargs_handlers=[InitProcessGroupKwargs(**group)],
         )
-    except ValueError as error:  # such as fp16 without a GPU
-        raise UserError(f"--mixed_precision {args.mixed_precision or '(accelerate config)'}: {error}") from error
+    except (ValueError, ImportError) as error:  # such as fp16 without a GPU, or DeepSpeed without its package
+        raise UserError(f"the accelerate config or --mixed_precision can't be had: {first_line(error)}") from error
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        unset_hf_deepspeed_config()  # else transformers would shard the frozen text encoders, too
+    check_engine(accelerator, args)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
     if args.resume_from_checkpoint:
@@ -200,193 +225,156 @@ def make_lr_scheduler(args, optimizer):
     return get_scheduler(args.lr_scheduler, optimizer, **schedule, **cycles)
 
 
-def make_ema(args, family, parameters, default_decay):
-    """A float32 average of the trained parameters; in bf16 a decay near 1 would never move it."""
+def make_ema(args, family, weights, default_decay):
+    """A float32 average of the trained weights; in bf16 a decay near 1 would never move it."""
     decay = default_decay if args.ema_decay is None else args.ema_decay
-    device = "cpu" if args.offload_ema else parameters[0].device
     model = {}
-    if len(parameters) == sum(1 for _ in family.denoiser.parameters()):  # it can be saved as a denoiser of its own
+    if not weights.sharded and all(p.requires_grad for p in family.denoiser.parameters()):
+        # it can be saved as a denoiser of its own
         model = {"model_cls": type(family.denoiser), "model_config": family.denoiser.config}
-    ema = EMAModel(parameters, decay, foreach=args.foreach_ema, **model)
+    ema = EMAModel(weights.masters, decay, foreach=args.foreach_ema, **model)
     if not args.dry_run:
-        ema.to(device=device, dtype=torch.float32)
+        ema.to(device="cpu" if args.offload_ema else None, dtype=torch.float32)
     return ema
 
 
-def step_ema(ema, parameters):
+def step_ema(ema, weights):
     """One update, on the model's device also when the average is kept on the CPU."""
-    home = ema.shadow_params[0].device
-    ema.to(parameters[0].device)
-    ema.step(parameters)
-    ema.to(home)
+    masters = weights.masters
+    if masters:  # of a small model, ZeRO may have left this process nothing
+        home = ema.shadow_params[0].device
+        ema.to(masters[0].device)
+        ema.step(masters)
+        ema.to(home)
 
 
 @contextmanager
-def ema_weights(ema, parameters):
-    """Inside, the parameters are the averages; afterwards themselves again. Does nothing if `ema` is None."""
+def ema_weights(ema, weights):
+    """Inside, the weights are their averages; afterwards themselves again. Does nothing if `ema` is None.
+
+    All processes call this.
+    """
     if ema is None:
         yield
         return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    kept = [master.detach().to("cpu", copy=True) for master in weights.masters]
+    weights.set(ema.shadow_params)
     try:
         yield
     finally:
-        ema.restore(parameters)
-
-
-def register_checkpoint_models(accelerator, family, ema):
-    """Checkpoints hold what `family.save_weights` writes, and the average: `unet_ema/` or `transformer_ema/`, or
-    `ema.bin` if not all weights are trained."""
-    average = f"{family.denoiser_name}_ema"
-
-    def save(models, weights, folder):
-        if accelerator.is_main_process:
-            family.save_weights(folder)
-            if ema is not None and ema.model_cls is not None:
-                ema.save_pretrained(Path(folder, average))
-            elif ema is not None:
-                torch.save(ema.state_dict(), Path(folder, "ema.bin"))
-        weights.clear()
-
-    def load(models, folder):
-        models.clear()
-        family.load_weights(folder)
-        if ema is None:
-            return
-        device = ema.shadow_params[0].device
-        if ema.model_cls is not None:
-            state = EMAModel.from_pretrained(Path(folder, average), ema.model_cls).state_dict()
-        else:
-            state = torch.load(Path(folder, "ema.bin"), map_location="cpu", weights_only=True)
-        ema.load_state_dict(state)
-        ema.to(device=device, dtype=torch.float32)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save_checkpoint(accelerator, args, stream, state):
-    """Write `checkpoint-{step}` to a temporary folder, rename it, then remove old ones. All processes call this.
-
-    `state` (`step`, `position`, `lpl`), the seed and what the stream has to say go to `training_state.json`, whose
-    presence marks a checkpoint as complete.
-    """
-    streams = gather_object([stream.state(state["position"], accelerator.num_processes)])
-    state = {**state, "seed": args.seed, "num_samples": stream.num_samples, "streams": streams}
-    output = Path(args.output_dir)
-    final, temporary = output / f"checkpoint-{state['step']}", output / f"tmp-checkpoint-{state['step']}"
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / "training_state.json").write_text(json.dumps(state, indent=2, default=torch.Tensor.tolist))
-            shutil.rmtree(final, ignore_errors=True)  # there only after resuming from an older one
-            os.replace(temporary, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
-        last = complete_checkpoints(output)
-        kept = f"{last[-1]} is intact" if last else "there is no older one"
-        raise UserError(f"{final} can't be written ({error}); {kept}. Make room, then resume.") from error
-    if accelerator.is_main_process:
-        if args.checkpoints_total_limit:
-            for old in complete_checkpoints(output)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator, folder, stream):
-    """Restore what `save_checkpoint` wrote and return its `state`. All processes call this."""
-    state = read_training_state(folder)
-    if state["num_samples"] != stream.num_samples:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: that run had {state['num_samples'] or 'a stream of'} samples, now "
-            f"there are {stream.num_samples or 'those of a stream'}; give it the same data, or start a new run from "
-            "its weights with another --output_dir."
-        )
-    streams = state.get("streams") or []
-    if state["num_samples"] is None and len(streams) != accelerator.num_processes:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: with --streaming the order depends on the number of processes, which "
-            f"was {len(streams)}; start as many."
-        )
-    if streams:
-        stream.load_state(streams[accelerator.process_index % len(streams)])
-    try:
-        accelerator.load_state(folder)
-    except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
-        reason = first_line(error)
-        raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another one.") from error
-    accelerator.print(f"Resuming from {folder} at step {state['step']}.")
-    return state
-
-
-def read_training_state(folder):
-    try:
-        return json.loads(Path(folder, "training_state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume_from_checkpoint {folder} is damaged ({error}): choose another one.") from error
+        weights.set(kept)
 
 
 def start_run(accelerator, args, first_step):
     """Create the output folder, start the tracker with the run's settings. All processes call this."""
-    log = Path(args.output_dir, LOG_FILE)
+    output = Path(args.output_dir)
+    log, marker = output / LOG_FILE, output / "tmp-shared"
     if accelerator.is_main_process:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        for left in output.glob("tmp-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if log.exists():  # keep the steps before this run's first; a run that was killed may have gone further
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+            replace_text(log, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        marker.mkdir()
+    accelerator.wait_for_everyone()
+    if not all(gather_object([marker.exists()])):
+        raise UserError(f"--output_dir {output}: other machines do not see it; name a shared folder.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        marker.rmdir()
     settings = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
     settings.pop("hub_token", None)
     accelerator.init_trackers(args.tracker_project_name, settings)
 
 
-def draw(accelerator, args, family, trained, ema, step):
-    """Validation images from the average weights, if there are any. All processes call this."""
-    if accelerator.is_main_process:
-        family.model.eval()
-        with ema_weights(ema, trained), family.on_device("decoder"):
-            draw_samples(accelerator, args, family, family.draw, step)
-        family.model.train()
-    accelerator.wait_for_everyone()
+def draw(accelerator, args, family, weights, ema, step):
+    """Validation images from the average weights, if there are any. All processes call this and share the work.
+
+    A signal ends it after an image, since the checkpoint that follows is worth more.
+    """
+    family.model.eval()
+    tasks, images = drawing_tasks(args, family), []
+    with ema_weights(ema, weights), family.on_device("decoder"):
+        for start in range(0, len(tasks), accelerator.num_processes):
+            stop = torch.tensor(float(interruption.received() is not None), device=accelerator.device)
+            if accelerator.reduce(stop):
+                break
+            mine = start + accelerator.process_index
+            if mine < len(tasks):
+                images.append((mine, tasks[mine](family.draw)))
+            elif weights.sharded:  # the others need this process's part of the weights
+                tasks[-1](family.draw)
+    family.model.train()
+    images = sorted(gather_object(images), key=lambda numbered: numbered[0])
+    if accelerator.is_main_process and len(images) == len(tasks):
+        show_samples(accelerator, args, [image for _, image in images], step)
 
 
-def finish(accelerator, args, family, trained, ema, optimizer):
-    """The result, with the average weights if there are any; then what its user does: load it, draw, share it."""
+def finish(accelerator, args, family, weights, ema, optimizer):
+    """The result, with the average weights if there are any; then what its user does: load it, draw, share it.
+
+    All processes call this; but for the main one they leave when it has the weights, so that none waits for it.
+    """
+    if ema is not None:
+        weights.set(ema.shadow_params)
+        ema.to("cpu")
+    weights.make_whole()
+    accelerator.state.destroy_process_group()
+    if not accelerator.is_main_process:
+        return
+    save_result(args, family)
+    optimizer.state.clear()  # its memory is free for what is drawn
+    accelerator.print(f"Saved to {args.output_dir}; load it with {family.loader}.")
     images = None
-    if accelerator.is_main_process:
-        with ema_weights(ema, trained):
-            family.save_result(args.output_dir)
-        optimizer.state.clear()  # its memory is free for what is drawn
-        if ema is not None:
-            ema.to("cpu")
-        accelerator.print(f"Saved to {args.output_dir}; load it with {family.loader}.")
-        if args.validation_prompts and not args.skip_final_inference:
-            final = family.load_result(args.output_dir)
-            images = draw_samples(accelerator, args, family, final, args.max_train_steps, title="final")
-        if args.push_to_hub:
-            write_model_card(args, family, images)
-            accelerator.print(f"Uploaded to {push_to_hub(args)}")
-    accelerator.wait_for_everyone()
+    if args.validation_prompts and not args.skip_final_inference and not interruption.received():
+        final = family.load_result(args.output_dir)
+        pictures = [task(final) for task in drawing_tasks(args, family)]
+        images = show_samples(accelerator, args, pictures, args.max_train_steps, title="final")
+    if args.push_to_hub:
+        write_model_card(args, family, images)
+        accelerator.print(f"Uploaded to {push_to_hub(args)}")
     accelerator.end_training()
 
 
-def draw_samples(accelerator, args, family, draw, step, title="validation"):
-    """Images for every validation prompt, to the trackers and as a grid (a row per prompt) in `samples/`.
+def save_result(args, family):
+    """The result appears in the output folder when it is complete, or as far as the base model is in reach."""
+    with TemporaryDirectory(dir=args.output_dir, prefix="tmp-result-") as folder:
+        failure = None
+        try:
+            family.save_result(folder)
+        except UserError as error:
+            failure = UserError(str(error).replace(folder, args.output_dir))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"the result can't be written to {args.output_dir} ({first_line(error)}); the checkpoints are intact. "
+                "Make room, then resume."
+            ) from error
+        for path in Path(folder).iterdir():
+            replace_path(path, Path(args.output_dir, path.name))
+        if failure is not None:
+            raise failure
+
+
+def drawing_tasks(args, family):
+    """A function for each validation image, by prompts; it takes how to draw a PIL image of a prompt and settings.
 
     The seeds are the same at every step, so that drawings can be compared; no other random state is touched.
-    `draw` makes one PIL image of a prompt and the pipeline's settings. Returns the path of the grid.
     """
     settings = {**family.size_settings(args.resolution), "num_inference_steps": args.validation_inference_steps}
     if args.validation_guidance_scale is not None:
         settings[family.guidance_name] = args.validation_guidance_scale
+
+    def task(prompt, seed):
+        return lambda draw: draw(prompt, generator=torch.Generator().manual_seed(seed), **settings)
+
+    seeds = range(args.seed, args.seed + args.num_validation_images)
+    return [task(prompt, seed) for prompt in args.validation_prompts for seed in seeds]
+
+
+def show_samples(accelerator, args, images, step, title="validation"):
+    """Validation images to the trackers and as a grid (a row per prompt) in `samples/`, whose path is returned."""
     captions = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    seeds = [args.seed + i for _ in args.validation_prompts for i in range(args.num_validation_images)]
-    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
-    images = [draw(prompt, generator=generator, **settings) for prompt, generator in zip(captions, generators)]
     path = Path(args.output_dir, "samples", f"step-{step:06d}.png" if title == "validation" else f"{title}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images, rows=len(args.validation_prompts), cols=args.num_validation_images).save(path)
@@ -422,13 +410,16 @@ class Log:
         self.terms.append({name: term.detach().float() for name, term in terms.items()})
         self.samples.append(torch.stack([sample_losses, noise_levels.to(sample_losses, non_blocking=True)]))
 
-    def reduce(self, step):
-        """Global means since the last call, name -> float, `loss` being their sum. All processes call this.
+    def reduce(self, step, wishes=()):
+        """Global means since the last call, name -> float, `loss` being their sum, and those of more numbers.
 
-        Raises UserError if it is not finite, naming the step and the noise levels of the samples to blame.
+        All processes call this. Raises UserError if it is not finite, naming the step and the noise levels of the
+        samples to blame.
         """
         means = torch.stack([torch.stack([terms[name] for terms in self.terms]).mean() for name in self.terms[0]])
+        means = torch.cat([means, torch.tensor(wishes).to(means, non_blocking=True)])
         values = self.accelerator.reduce(means, "mean").tolist()
+        values, wishes = values[: len(self.terms[0])], values[len(self.terms[0]) :]
         losses = {"loss": sum(values), **dict(zip(self.terms[0], values))}
         if not math.isfinite(losses["loss"]):
             sample_losses, levels = self.accelerator.gather(torch.cat(self.samples, dim=1).T.contiguous()).T
@@ -441,7 +432,7 @@ class Log:
                 "another --mixed_precision or --vae_dtype."
             )
         self.terms, self.samples = [], []
-        return losses
+        return losses, wishes
 
     def step(self, step, losses, more):
         """Advance the bar, which shows this step's losses as `reduce` returned them.
@@ -589,6 +580,20 @@ def code_of_card(args, family):
         ]
         lines += [f"image = pipe({', '.join(prompt + settings)}).images[0]"]
     return "\n".join([*imports, f"from diffusers import {', '.join(sorted(classes))}", "", *lines])
+
+
+def replace_text(path, text):
+    """Writes a file so that at any time either the old or the new one is there."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def replace_path(new, old):
+    """Moves a file or folder to where another one may be."""
+    if old.is_dir():
+        shutil.rmtree(old)
+    os.replace(new, old)
 
 
 def public_name(name):

@@ -241,7 +241,7 @@ def test_vae_that_does_not_fit(refuse, tiny_sd, tmp_path):
 def test_output_of_another_run_is_kept(refuse, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
-    assert "is incomplete (no training_state.json)" in refuse("--resume_from_checkpoint", "checkpoint-5")
+    assert "is damaged (training_state.json is missing" in refuse("--resume_from_checkpoint", "checkpoint-5")
     (checkpoint / "training_state.json").write_text("{}")
     assert "holds another run: choose another folder, or continue it with --resume_from_checkpoint latest" in refuse()
     shutil.rmtree(checkpoint)

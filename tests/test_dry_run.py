@@ -70,9 +70,10 @@ def count_real_run(run, monkeypatch):
 
     def count(*words, on_device, **more):
         there, steps, memory, flops = {}, [], LiveBytes(), FlopCounter()
-        register = train_lpl_sd.register_checkpoint_models
+        make_checkpoints = train_lpl_sd.Checkpoints
 
-        def look(accelerator, family, ema):
+        def look(accelerator, args, weights, ema, *more):
+            family = weights.family
             vae = family.vae
             parts = {
                 "encoder": [vae.encoder, vae.quant_conv],
@@ -81,7 +82,7 @@ def count_real_run(run, monkeypatch):
             }
             there["weights"] = module_sizes([family.denoiser, *itertools.chain(*(parts[name] for name in on_device))])
             there["ema"] = sum(p.numel() * p.element_size() for p in ema.shadow_params) if ema is not None else 0
-            register(accelerator, family, ema)
+            return make_checkpoints(accelerator, args, weights, ema, *more)
 
         class CountingLog(Log):
             def __init__(self, *args):
@@ -97,7 +98,7 @@ def count_real_run(run, monkeypatch):
                     self.counting.close()
                 super().step(step, *args)
 
-        monkeypatch.setattr(train_lpl_sd, "register_checkpoint_models", look)
+        monkeypatch.setattr(train_lpl_sd, "Checkpoints", look)
         monkeypatch.setattr(train_lpl_sd, "Log", CountingLog)
         with gpu_norms():
             run(*words, **more)

@@ -119,14 +119,15 @@ def count_real_run(run, monkeypatch):
     def count(family, *words, on_device):
         there, memory = {}, LiveBytes()
         flops = FlopCounterMode(display=False, custom_mapping=KERNELS)
-        register = train_lpl_dit.register_checkpoint_models
+        make_checkpoints = train_lpl_dit.Checkpoints
 
-        def look(accelerator, family, ema):
+        def look(accelerator, args, weights, ema, *more):
+            family = weights.family
             modules = [family.denoiser, *itertools.chain(*(family.modules(part) for part in on_device))]
             tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
             there["weights"] = sum(t.numel() * t.element_size() for t in tensors)
             there["ema"] = sum(p.numel() * p.element_size() for p in ema.shadow_params) if ema is not None else 0
-            register(accelerator, family, ema)
+            return make_checkpoints(accelerator, args, weights, ema, *more)
 
         class CountingLog(Log):
             """FLOPs of the first step, which takes no gradients for the log; the peak of the second, which does, and
@@ -147,7 +148,7 @@ def count_real_run(run, monkeypatch):
                     self.counting.enter_context(memory)
                 super().step(step, *args)
 
-        monkeypatch.setattr(train_lpl_dit, "register_checkpoint_models", look)
+        monkeypatch.setattr(train_lpl_dit, "Checkpoints", look)
         monkeypatch.setattr(train_lpl_dit, "Log", CountingLog)
         with gpu_norms():
             run(family, *words)

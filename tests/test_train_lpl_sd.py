@@ -342,27 +342,56 @@ def test_resume_refuses_other_data_and_another_seed(train):
         train(*flags, "--resume_from_checkpoint", "latest", "--seed", 5)
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "unet/diffusion_pytorch_model.safetensors", "training_state.json"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "unet/diffusion_pytorch_model.safetensors", "random_states_0.pkl"])
 def test_a_damaged_checkpoint_is_named(train, name):
     flags = ("--checkpointing_steps", 1, "--lpl_weight", 0)
     checkpoint = train(*flags, steps=1) / "checkpoint-1"
     content = (checkpoint / name).read_bytes()
-    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    (checkpoint / name).write_bytes(bytes(len(content)))  # the size alone does not tell
     with pytest.raises(UserError, match="--resume_from_checkpoint .*checkpoint-1 is damaged .*: choose another one"):
         train(*flags, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "training_state.json"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_an_incomplete_checkpoint_is_passed_over_by_latest_and_refused_by_name(train, name, cut, capsys):
+    flags = ("--checkpointing_steps", 1, "--lpl_weight", 0)
+    output = train(*flags, steps=2)
+    damaged = output / "checkpoint-2" / name
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) // 2]) if cut else damaged.unlink()
+    with pytest.raises(SystemExit):
+        train(*flags, "--resume_from_checkpoint", "checkpoint-2", steps=3)
+    message = capsys.readouterr().err
+    assert f"checkpoint-2 is damaged ({name} " in message and "choose another checkpoint" in message
+    train(*flags, "--resume_from_checkpoint", "latest", steps=3)
+    told = capsys.readouterr()
+    assert f"checkpoint-2 is damaged ({name} " in told.err
+    assert "checkpoint-1 at step 1" in told.out
+    assert [row["step"] for row in read_log(output)] == [1, 2, 3]
+
+
+def test_latest_does_not_start_anew_where_all_checkpoints_are_damaged(train, capsys):
+    flags = ("--checkpointing_steps", 1, "--lpl_weight", 0)
+    output = train(*flags, steps=1)
+    (output / "checkpoint-1" / "optimizer.bin").unlink()
+    for resume in (("--resume_from_checkpoint", "latest"), ("--seed", 0)):
+        with pytest.raises(SystemExit):
+            train(*flags, *resume)
+        assert "another --output_dir" in capsys.readouterr().err.replace(
+            "choose another folder", "another --output_dir"
+        )
 
 
 def test_old_checkpoints_go_after_the_new_one_is_complete(train, monkeypatch):
     output = train("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--lpl_weight", 0, steps=5)
     assert {path.name for path in output.glob("*checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
 
-    from accelerate import Accelerator
-
-    def full_disk(self, folder):
+    def full_disk(self, folder, ema):
         Path(folder, "half").write_text("written")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Accelerator, "save_state", full_disk)
+    monkeypatch.setattr("engines.Weights.save", full_disk)
     flags = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--lpl_weight", 0)
     with pytest.raises(UserError, match="checkpoint-6.*No space left.*checkpoint-5"):
         train(*flags, "--resume_from_checkpoint", "latest", steps=6)

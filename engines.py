@@ -1,0 +1,275 @@
+"""What is trained, wherever accelerate's engine keeps it: whole (one process, DDP), sharded by FSDP2, or by DeepSpeed.
+
+    prepare     hands model and optimizer to the engine and returns the `Weights` that go with it
+    Weights     whole on every process
+    Sharded     FSDP2: every process has a part of each tensor
+    Zero        DeepSpeed ZeRO: every process has a part of the float32 weights that the optimizer moves
+
+`masters` are the float32 tensors that this process moves, so that their average (EMA) is sharded as they are.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
+
+from arguments import UserError
+
+
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def prepare(accelerator, args, family, optimizer):
+    """The model to call in training, the optimizer, and the trained weights. All processes call this."""
+    module, kind = family.model.train(), accelerator.distributed_type
+    weights = {DistributedType.FSDP: Sharded, DistributedType.DEEPSPEED: Zero}.get(kind, Weights)(accelerator, family)
+    if kind == DistributedType.DEEPSPEED:
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every step
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        config["gradient_clipping"] = args.max_grad_norm
+    if kind == DistributedType.FSDP:
+        module._no_split_modules = blocks_of(module)
+    if weights.sharded and accelerator.mixed_precision != "no":
+        # Both engines would cast timesteps, too, and bf16 rounds 1023 to 1024: compute as one process does.
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        module.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, dtype)(module.forward))
+        if kind == DistributedType.FSDP:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    buffers = dict(module.named_buffers())
+    placement = [False, False] if args.dry_run else None
+    weights.model, weights.optimizer = accelerator.prepare(module, optimizer, device_placement=placement)
+    for name, buffer in buffers.items() if kind == DistributedType.DEEPSPEED else ():  # which has cast them
+        owner, _, name = name.rpartition(".")
+        module.get_submodule(owner)._buffers[name] = buffer.to(accelerator.device)
+    return weights.model, weights.optimizer, weights
+
+
+def check_engine(accelerator, args):
+    """What an engine can't do. Raises UserError."""
+    name = engine_name(accelerator)
+    if name is None:
+        return
+    if name == "FSDP2" and not accelerator.is_fsdp2:
+        raise UserError("FSDP1 is not supported: set fsdp_version: 2 in the accelerate config.")
+    if name == "FSDP2" and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise UserError("fsdp_activation_checkpointing is --gradient_checkpointing here: set it to false.")
+    if name == "ZeRO-0":
+        raise UserError("DeepSpeed's zero_stage 0 shards nothing: use DDP, or zero_stage 2 or 3.")
+    optimizer = "--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}"
+    if optimizer != "--optimizer adamw":
+        raise UserError(f"{optimizer} needs whole tensors, which {name} shards: use --optimizer adamw, or DDP.")
+    for flag in ("train_text_encoder", "bnb_quantization_config_path"):
+        if getattr(args, flag, None):
+            raise UserError(f"--{flag} does not work with {name}: leave it out, or use DDP.")
+    if name != "FSDP2" and args.use_ema:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if "nvme" in (zero.get(part, {}).get("device") for part in ("offload_param", "offload_optimizer")):
+            raise UserError("--use_ema does not work with weights on NVMe: offload them to the CPU, or leave it out.")
+
+
+def engine_name(accelerator):
+    """As a user would call it; None where the weights are whole, on one process or on several (DDP)."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else None
+
+
+def blocks_of(module):
+    """Names of the classes that FSDP shards one by one: diffusers' list, or the blocks in the model's own lists."""
+    there = {type(child).__name__ for child in module.modules()}
+    names = [name for name in getattr(module, "_no_split_modules", None) or () if name in there]
+    lists = (child for child in module.children() if isinstance(child, torch.nn.ModuleList))
+    return names or sorted({type(block).__name__ for blocks in lists for block in blocks})
+
+
+class Weights:
+    """The trained weights of a family's model, whole on every process.
+
+    `model` and `optimizer` are as accelerate has prepared them. All processes call all methods together.
+    """
+
+    sharded = False
+
+    def __init__(self, accelerator, family):
+        self.accelerator, self.family = accelerator, family
+        self.model = self.optimizer = None
+
+    @property
+    def named(self):
+        return {name: p for name, p in self.family.model.named_parameters() if p.requires_grad}
+
+    @property
+    def parameters(self):
+        return list(self.named.values())
+
+    @property
+    def masters(self):
+        """The float32 tensors that the optimizer moves on this process."""
+        return self.parameters
+
+    @torch.no_grad()
+    def set(self, values):
+        """Gives the masters, and so the model, other values."""
+        for p, value in zip(self.masters, values):
+            p.copy_(value)
+
+    def make_whole(self):
+        """Makes the family's model on the main process one of whole tensors, to be saved; training is over then."""
+
+    def save(self, folder, ema):
+        """Weights, optimizer and average, as a checkpoint needs them."""
+        if not self.accelerator.is_main_process:
+            return
+        self.family.save_weights(folder)
+        torch.save(self.optimizer.state_dict(), Path(folder, "optimizer.bin"))
+        if ema is not None and ema.model_cls is not None:
+            ema.save_pretrained(Path(folder, f"{self.family.denoiser_name}_ema"))
+        elif ema is not None:
+            torch.save(ema.state_dict(), Path(folder, "ema.bin"))
+
+    def load(self, folder, ema):
+        """What `save` wrote; `ema` is None if there is none to load."""
+        self.family.load_weights(folder)
+        self.optimizer.load_state_dict(load_file(folder, "optimizer.bin"))
+        if ema is not None and ema.model_cls is not None:
+            saved = type(ema).from_pretrained(Path(folder, f"{self.family.denoiser_name}_ema"), ema.model_cls)
+            load_average(ema, saved.state_dict())
+        elif ema is not None:
+            load_average(ema, load_file(folder, "ema.bin"))
+
+
+class Sharded(Weights):
+    """FSDP2: each parameter is a DTensor, of which this process moves its local part."""
+
+    sharded = True
+
+    def __init__(self, accelerator, family):
+        super().__init__(accelerator, family)
+        self._constant = {}  # what is saved though it is not trained, as it was before an engine could cast it
+        if accelerator.is_main_process and not family.args.use_lora:
+            state = family.model.state_dict(keep_vars=True)
+            self._constant = {n: t.detach().to("cpu", copy=True) for n, t in state.items() if not t.requires_grad}
+
+    @property
+    def named(self):
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.family.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what the last forward pass has left whole
+        return super().named
+
+    @property
+    def masters(self):
+        return [shared(p.to_local()) for p in self.parameters]
+
+    def make_whole(self):
+        state = dict(self._constant)
+        for name, p in self.named.items():  # one by one: the device need not hold all of them
+            tensor = self._gather(p)
+            if self.accelerator.is_main_process:
+                state[name] = tensor.detach().to("cpu", copy=True)
+        if self.accelerator.is_main_process:
+            self.family.rebuild_denoiser(state)
+
+    def _gather(self, p):
+        return p.full_tensor()
+
+    def save(self, folder, ema):
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(self._state(ema), checkpoint_id=str(Path(folder, "sharded")))
+
+    def load(self, folder, ema):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        state = self._state(ema)
+        dcp.load(state, checkpoint_id=str(Path(folder, "sharded")))  # weights and average in place
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"])
+        if ema is not None:
+            ema.optimization_step = state["ema_steps"].item()
+
+    def _state(self, ema):
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        from torch.distributed.tensor import DTensor
+
+        state = {"model": {name: p.detach() for name, p in self.named.items()}}
+        state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer.optimizer)
+        if ema is not None:
+            state["ema"] = {
+                name: DTensor.from_local(mean, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+                for mean, (name, p) in zip(ema.shadow_params, self.named.items())
+            }
+            state["ema_steps"] = torch.tensor(ema.optimization_step)
+        return state
+
+
+class Zero(Sharded):
+    """DeepSpeed ZeRO: this process moves its part of each weight in float32; the model has them in its precision."""
+
+    def __init__(self, accelerator, family):
+        super().__init__(accelerator, family)
+        self._stage = accelerator.state.deepspeed_plugin.zero_stage
+        self._average = f"ema_{accelerator.process_index}.bin"
+
+    @property
+    def masters(self):
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return [shared(safe_get_local_fp32_param(p)) for p in self.parameters]
+        parts = (p._hp_mapping for p in self.parameters)  # None if it is another process's
+        return [shared(part.get_hp_fragment()) for part in parts if part is not None]
+
+    @torch.no_grad()
+    def set(self, values):
+        if self._stage < 3:
+            super().set(values)
+            return self.model.optimizer.update_lp_params()
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        for p, value in zip(self.parameters, values):
+            safe_set_local_fp32_param(p, value)
+            p.ds_tensor.data.copy_(value)
+            if p.ds_persist:  # small ones are whole on all processes
+                p.partition(has_been_updated=False)
+                p.all_gather()
+
+    def _gather(self, p):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(p)
+
+    def save(self, folder, ema):
+        self.model.save_checkpoint(str(folder), "deepspeed", exclude_frozen_parameters=self.family.args.use_lora)
+        if ema is not None:
+            torch.save(ema.state_dict(), Path(folder, self._average))
+
+    def load(self, folder, ema):
+        self.model.load_checkpoint(str(folder), "deepspeed", load_module_strict=not self.family.args.use_lora)
+        if ema is not None:
+            load_average(ema, load_file(folder, self._average))
+
+
+def shared(tensor):
+    """A parameter, as averages want it, with the same values in the same memory."""
+    return torch.nn.Parameter(tensor.detach())
+
+
+def load_file(folder, name):
+    return torch.load(Path(folder, name), map_location="cpu", weights_only=True)
+
+
+def load_average(ema, state):
+    """Where the average is it stays, and its decay is that of the flags."""
+    devices, decay = [mean.device for mean in ema.shadow_params[:1]], ema.decay
+    ema.load_state_dict(state)
+    ema.decay = decay
+    ema.to(device=devices[0] if devices else None, dtype=torch.float32)

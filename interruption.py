@@ -1,0 +1,57 @@
+"""SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 do not break off a training step: a checkpoint comes first.
+
+`arguments.run` installs the handler. Until training begins there is nothing to save and a signal ends the process;
+from `defer` on it is only noted, and the training loop asks for it with `received`.
+"""
+
+import os
+import signal
+import sys
+import time
+
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # SLURM can send the last ahead of time: --signal=USR1@300
+_AT_ONCE_AFTER = 3  # seconds; launchers pass on a Ctrl-C that the terminal has sent to all processes already
+
+_deferred, _first = False, None  # _first: name and time of the first signal
+
+
+def install():
+    """Handle the signals in this process; what it forks ignores them, so that loading goes on until the step ends."""
+    main = os.getpid()
+
+    def handle(number, frame):
+        global _first
+        if os.getpid() != main:
+            return
+        name = signal.Signals(number).name
+        if not _deferred:
+            print(f"\nStopped by {name} before the first step: start the same command again.", file=sys.stderr)
+            sys.exit(0)
+        if _first is None:
+            _first = name, time.monotonic()
+            print(f"\n{name}: finishing this step.", file=sys.stderr)
+        elif name == "SIGINT" and time.monotonic() - _first[1] > _AT_ONCE_AFTER:
+            raise KeyboardInterrupt
+
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handle)
+
+
+def defer():
+    """From now on a signal is noted only."""
+    global _deferred
+    _deferred = True
+
+
+def received():
+    """The name of the signal that has come since `defer`, or None."""
+    return _first and _first[0]
+
+
+def ignore(*_):
+    """For the worker processes of a loader, which torch would let end by SIGTERM."""
+    for name in SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
