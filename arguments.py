@@ -66,6 +66,11 @@ def run(main, args):
     sys.exit(1)
 
 
+def first_line(error):
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def auto_or_number(text):
     try:
         return text if text == "auto" else number(text)
@@ -421,7 +426,7 @@ AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
     "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
     "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length "
-    "num_class_images shuffle_buffer_size"
+    "num_class_images shuffle_buffer_size nccl_timeout"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
@@ -429,7 +434,7 @@ NOT_NEGATIVE = (
 ).split()
 POSITIVE = (
     "lpl_sigma_threshold snr_gamma lpl_max_samples max_grad_norm lora_alpha timestep_bias_multiplier logit_std "
-    "prior_loss_weight"
+    "prior_loss_weight checkpoint_minutes"
 ).split()
 BELOW_ONE = "adam_beta1 adam_beta2 prodigy_beta3 ema_decay lora_dropout".split()
 SHARES = "proportion_empty_prompts timestep_bias_portion".split()

@@ -26,7 +26,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from arguments import UserError
+from arguments import UserError, first_line
 from counters import without_values
 from disk_cache import files_hash, weights_hash
 from loading import (
@@ -303,8 +303,9 @@ class Family:
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             if self.args.transformer_config is None or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--transformer_config: this transformer can't work in the pipeline: {reason}") from error
+            raise UserError(
+                f"--transformer_config: this transformer can't work in the pipeline: {first_line(error)}"
+            ) from error
         return self.from_tokens(output, noisy_latents)
 
     def scale_timesteps(self, timesteps):
@@ -514,8 +515,9 @@ class Family:
                 torch.manual_seed(self.args.seed)
                 return initialize(self.denoiser_class.from_config(config))
         except Exception as error:  # constructors do not agree on what they raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--transformer_config describes no {self.denoiser_class.__name__}: {reason}") from error
+            raise UserError(
+                f"--transformer_config describes no {self.denoiser_class.__name__}: {first_line(error)}"
+            ) from error
 
     def _add_adapters(self):
         """LoRA on the denoiser and, if asked for, on the text encoders; returns name -> model with adapters."""

@@ -11,7 +11,7 @@ import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors import SafetensorError
 
-from arguments import UserError
+from arguments import UserError, first_line
 from model_checks import is_folder_name, vae_folder
 
 
@@ -23,7 +23,7 @@ def load(model_class, name, flag, method="from_pretrained", **kwargs):
     try:
         return getattr(model_class, method)(name, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         remedy = "give a folder or a Hub id in reach"
         if "no file named" in reason and not kwargs.get("variant"):
             remedy += ", or --variant fp16 if it has weights of that kind alone"

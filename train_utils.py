@@ -11,6 +11,7 @@ import os
 import secrets
 import shlex
 import shutil
+import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,10 +26,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedType,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    patch_environment,
     set_seed,
 )
 from diffusers.optimization import get_scheduler
@@ -41,7 +44,8 @@ from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 import interruption
-from arguments import UserError, read_training_state
+from arguments import UserError, first_line
+from checkpoints import refuse_other_run
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
 from engines import check_engine
@@ -57,13 +61,18 @@ def make_accelerator(args):
     project = ProjectConfiguration(
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
     )
-    if args.dry_run:  # counted on the CPU, where bf16 has the bytes of fp16, by each process for itself
+    if args.dry_run:  # counted on the CPU, where bf16 has the bytes of fp16, by one process for all
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit()
         args.seed = args.seed or 0  # any will do
         args.mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if args.mixed_precision == "fp16" and args.vae_dtype == "auto":
             args.vae_dtype = "fp32"
         precision = "no" if args.mixed_precision == "no" else "bf16"
-        accelerator = Accelerator(cpu=True, mixed_precision=precision, dynamo_backend="no")
+        alone = {"WORLD_SIZE": 1, "ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "false"}
+        with patch_environment(**alone):  # no engine; `dry_run` knows what it would do
+            accelerator = Accelerator(cpu=True, mixed_precision=precision, dynamo_backend="no")
+        accelerator.state.num_processes = int(os.environ.get("WORLD_SIZE", 1))
         # DDP can't wrap a model without values, whose device is "cpu" and not "cpu:0".
         accelerator.state.distributed_type, accelerator.state.device = DistributedType.NO, torch.device("cpu")
         return accelerator
@@ -71,6 +80,9 @@ def make_accelerator(args):
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ:  # would leave the frozen models of other processes empty
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # FSDP2 would keep whole gradients until the last forward pass of a step.
+    each = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_each_batch=each)
     group = {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.accelerator.is_available():
         group["backend"] = "gloo"  # accelerate would take NCCL
@@ -78,7 +90,7 @@ def make_accelerator(args):
         group["timeout"] = timedelta(seconds=args.nccl_timeout)
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            gradient_accumulation_plugin=accumulation,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=project,
@@ -92,10 +104,7 @@ def make_accelerator(args):
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
     if args.resume_from_checkpoint:
-        seed = read_training_state(args.resume_from_checkpoint)["seed"]
-        if args.seed not in (None, seed):
-            raise UserError(f"--seed {args.seed}: the run to resume has seed {seed}; leave the flag out.")
-        args.seed = seed
+        refuse_other_run(accelerator, args)
     elif args.seed is None:
         args.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
     set_seed(args.seed, device_specific=True)  # for dropout; the samples have generators of their own
@@ -271,8 +280,9 @@ def start_run(accelerator, args, first_step):
     log, marker = output / LOG_FILE, output / "tmp-shared"
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob("tmp-*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in ("tmp-checkpoint-*", "tmp-result-*", "tmp-shared"):  # by a run that was killed
+            for folder in output.glob(left):
+                shutil.rmtree(folder, ignore_errors=True)
         if log.exists():  # keep the steps before this run's first; a run that was killed may have gone further
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             replace_text(log, "".join(line for line in lines if json.loads(line)["step"] <= first_step))
@@ -331,7 +341,9 @@ def finish(accelerator, args, family, weights, ema, optimizer):
         final = family.load_result(args.output_dir)
         pictures = [task(final) for task in drawing_tasks(args, family)]
         images = show_samples(accelerator, args, pictures, args.max_train_steps, title="final")
-    if args.push_to_hub:
+    if args.push_to_hub and interruption.received():
+        accelerator.print(f"Not uploaded, because of {interruption.received()}: `{upload_command(args)}` does it.")
+    elif args.push_to_hub:
         write_model_card(args, family, images)
         accelerator.print(f"Uploaded to {push_to_hub(args)}")
     accelerator.end_training()
@@ -487,21 +499,28 @@ def create_hub_repo(args):
 
 def push_to_hub(args):
     """Upload the output folder without checkpoints and logs; returns the address of the commit."""
-    ignored = ["checkpoint-*", "tmp-checkpoint-*", f"{os.path.normpath(args.logging_dir)}/**", LOG_FILE]
     try:
         return HfApi(token=args.hub_token).upload_folder(
             repo_id=args.hub_model_id,
             folder_path=args.output_dir,
-            ignore_patterns=list(ignored),  # the client adds to it
+            ignore_patterns=not_uploaded(args),
             commit_message="End of training",
         )
     except Exception as error:  # whatever the network, the Hub and its storage make the client raise
-        words = ["hf", "upload", args.hub_model_id, args.output_dir, "."]
-        words += [word for pattern in ignored for word in ("--exclude", pattern)]
         raise UserError(
             f"the upload failed ({hub_reason(error)}); the result is safe in {args.output_dir}: log in with `hf auth "
-            f"login`, then `{shlex.join(words)}`."
+            f"login`, then `{upload_command(args)}`."
         ) from error
+
+
+def not_uploaded(args):
+    return ["checkpoint-*", "tmp-*", f"{os.path.normpath(args.logging_dir)}/**", LOG_FILE]
+
+
+def upload_command(args):
+    """What does it by hand."""
+    words = ["hf", "upload", args.hub_model_id, args.output_dir, "."]
+    return shlex.join(words + [word for pattern in not_uploaded(args) for word in ("--exclude", pattern)])
 
 
 def hub_reason(error):
@@ -599,7 +618,3 @@ def replace_path(new, old):
 def public_name(name):
     """A Hub id as it is; of a folder of this machine only its own name."""
     return Path(name).resolve().name if is_folder_name(name) else name
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
