@@ -11,7 +11,7 @@ demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about five minutes
 test: .venv/test  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-test_all: .venv/test  ## the slow ones as well
+test_all: .venv/test .venv/engines  ## the slow ones as well
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m ""
 
 style: .venv/test
@@ -25,6 +25,10 @@ quality: .venv/test
 	$(PYTHON) -m venv .venv
 	@echo "Installing the libraries; this takes a minute or more."
 	$(INSTALL) --requirement requirements.txt
+	touch $@
+
+.venv/engines: requirements-engines.txt .venv/base
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --requirement $<
 	touch $@
 
 .venv/%: requirements-%.txt .venv/base

@@ -24,30 +24,41 @@ def prepare(accelerator, args, family, optimizer):
     """The model to call in training, the optimizer, and the trained weights. All processes call this."""
     module, kind = family.model.train(), accelerator.distributed_type
     weights = {DistributedType.FSDP: Sharded, DistributedType.DEEPSPEED: Zero}.get(kind, Weights)(accelerator, family)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     if kind == DistributedType.DEEPSPEED:
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's calls, at every step
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            shard_before_moving(module, config["zero_optimization"], dtype, accelerator.device)
     if kind == DistributedType.FSDP:
         module._no_split_modules = blocks_of(module)
     if weights.sharded and accelerator.mixed_precision != "no":
         # Both engines would cast timesteps, too, and bf16 rounds 1023 to 1024: compute as one process does.
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
         module.forward = convert_outputs_to_fp32(torch.autocast(accelerator.device.type, dtype)(module.forward))
         if kind == DistributedType.FSDP:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    buffers = dict(module.named_buffers())
     placement = [False, False] if args.dry_run else None
     weights.model, weights.optimizer = accelerator.prepare(module, optimizer, device_placement=placement)
-    for name, buffer in buffers.items() if kind == DistributedType.DEEPSPEED else ():  # which has cast them
-        owner, _, name = name.rpartition(".")
-        module.get_submodule(owner)._buffers[name] = buffer.to(accelerator.device)
     return weights.model, weights.optimizer, weights
+
+
+def shard_before_moving(module, zero, dtype, device):
+    """Each weight goes to the devices in parts; DeepSpeed by itself would first move all of them to each device."""
+    import deepspeed
+
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    zero = {name: zero[name] for name in ("stage", "offload_param") if name in zero}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    for part in module.modules():
+        part._buffers |= {name: buffer.to(device) for name, buffer in part.named_buffers(recurse=False)}
 
 
 def check_engine(accelerator, args):
@@ -191,10 +202,12 @@ class Sharded(Weights):
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         state = self._state(ema)
-        dcp.load(state, checkpoint_id=str(Path(folder, "sharded")))  # weights and average in place
+        dcp.load(state, checkpoint_id=str(Path(folder, "sharded")))  # in place
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"])
         if ema is not None:
             ema.optimization_step = state["ema_steps"].item()
+            for mean, saved in zip(ema.shadow_params, state["ema"].values()):
+                mean.copy_(saved.to_local())  # with --offload_ema what was loaded is a copy on the device
 
     def _state(self, ema):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
