@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import interruption
@@ -45,25 +46,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, args):
-    """Call a script's `main`; a `UserError` becomes one sentence and exit code 1, the rest keeps its traceback."""
+    """Call a script's `main` and end the process.
+
+    A `UserError` becomes one sentence and exit code 1, the rest keeps its traceback.
+    """
     interruption.install()
+    one_of_several = "RANK" in os.environ
+    try:
+        reason = complaint(main, args)
+        if reason is not None:
+            print(f"\n{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        status = 0 if reason is None else 1
+    except Exception:
+        if not one_of_several:
+            raise
+        traceback.print_exc()
+        status = 1
+    if one_of_several:  # whose libraries' threads now and then wait for each other on their way out
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def complaint(main, args):
+    """What is wrong that the user can mend, in one sentence, or None."""
     try:
         main(args)
     except UserError as error:
-        reason = str(error)
+        return str(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        reason = f"the disk is full ({error}); make room, and go on with --resume_from_checkpoint latest."
+        return f"the disk is full ({error}); make room, and go on with --resume_from_checkpoint latest."
     except KeyboardInterrupt:
-        reason = "stopped at once; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one."
-    else:
-        if os.environ.get("RANK", "0") != "0":  # the launcher ends the main process, which saves, if this one's
-            sys.stdout.flush()  # libraries fail on their way out
-            os._exit(0)
-        return
-    print(f"\n{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
-    sys.exit(1)
+        return "stopped at once; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one."
 
 
 def first_line(error):

@@ -86,8 +86,8 @@ class Checkpoints:
         reason = None
         try:
             do(temporary, *more)
-        except Exception as error:  # a full disk has many names
-            reason = first_line(error)
+        except Exception as error:
+            reason = why_not_written(error, temporary.parent)
         reasons = [reason for reason in gather([reason]) if reason]
         if reasons:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +103,8 @@ class Checkpoints:
 
     def _write(self, temporary):
         accelerator = self.accelerator
-        self.weights.save(temporary, self.ema)
+        with torch.random.fork_rng(devices=[]):  # models that are made to be saved draw initial weights
+            self.weights.save(temporary, self.ema)
         rank, scaler = accelerator.process_index, accelerator.scaler if accelerator.is_main_process else None
         save_accelerator_state(temporary, [], [], [self.lr_scheduler], [], rank, accelerator.step, scaler)
 
@@ -112,11 +113,11 @@ class Checkpoints:
         state["files"] = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in paths}
         state_file = temporary / STATE_FILE
         state_file.write_text(json.dumps(state, indent=2, default=torch.Tensor.tolist), encoding="utf-8")
-        for path in (*paths, state_file):  # should the machine go down
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in (*paths, state_file, temporary):
+            flush(path)
         remove(final)  # there only after resuming from an older one
         os.replace(temporary, final)
+        flush(final.parent)
 
     # Load
 
@@ -140,6 +141,7 @@ class Checkpoints:
         except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
             reason = first_line(error)
             raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another one.") from error
+        accelerator.step = restored.get("step", 0)
         if ema is not None and not state["has_ema"]:
             accelerator.print("--use_ema: that run had no average, so it begins here.")
             for mean, master in zip(ema.shadow_params, self.weights.masters):
@@ -162,6 +164,21 @@ class Checkpoints:
         for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
             group["lr"] = lr * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+def why_not_written(error, folder):
+    """A full disk has many names."""
+    full = shutil.disk_usage(folder).free < 2**20
+    return "No space left on device" if full else first_line(error)
+
+
+def flush(path):
+    """What was written is there even if the machine goes down."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(folder):
@@ -225,6 +242,7 @@ def settings_of(accelerator, args):
     """What a resumed run is compared with: name -> value."""
     plain = (bool, int, float, str, list, type(None))
     settings = {name: value for name, value in vars(args).items() if name not in FREE and isinstance(value, plain)}
+    settings |= {"mixed_precision": accelerator.mixed_precision}  # the flag may leave it to the accelerate config
     return {**settings, "num_processes": accelerator.num_processes, "engine": engine_name(accelerator)}
 
 

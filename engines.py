@@ -31,8 +31,6 @@ def prepare(accelerator, args, family, optimizer):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
-        if accelerator.state.deepspeed_plugin.zero_stage == 3:
-            shard_before_moving(module, config["zero_optimization"], dtype, accelerator.device)
     if kind == DistributedType.FSDP:
         module._no_split_modules = blocks_of(module)
     if weights.sharded and accelerator.mixed_precision != "no":
@@ -43,8 +41,14 @@ def prepare(accelerator, args, family, optimizer):
 
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    before = {name: p.data for name, p in weights.named.items()}
+    if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        shard_before_moving(module, zero, dtype, accelerator.device)
     placement = [False, False] if args.dry_run else None
     weights.model, weights.optimizer = accelerator.prepare(module, optimizer, device_placement=placement)
+    if kind == DistributedType.DEEPSPEED and dtype != torch.float32:
+        weights.restore_precision(before)
     return weights.model, weights.optimizer, weights
 
 
@@ -240,6 +244,20 @@ class Zero(Sharded):
             return [shared(safe_get_local_fp32_param(p)) for p in self.parameters]
         parts = (p._hp_mapping for p in self.parameters)  # None if it is another process's
         return [shared(part.get_hp_fragment()) for part in parts if part is not None]
+
+    def restore_precision(self, before):
+        """DeepSpeed makes its float32 weights of those in half precision. before: name -> whole float32 tensor."""
+        self.set([part for name, p in self.named.items() if (part := self._part(p, before[name])) is not None])
+
+    def _part(self, p, whole):
+        """What this process moves of a weight, `[n]`, or None."""
+        if self._stage == 3:
+            size = p.ds_tensor.numel()  # the last process's part is padded
+            part = whole.flatten()[size * self.accelerator.process_index :][:size]
+            return torch.nn.functional.pad(part, (0, size - part.numel()))
+        if p._hp_mapping is not None:
+            address = p._hp_mapping.lp_fragment_address
+            return whole.flatten()[address.start : address.start + address.numel]
 
     @torch.no_grad()
     def set(self, values):

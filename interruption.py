@@ -26,7 +26,7 @@ def install():
             return
         name = signal.Signals(number).name
         if not _deferred:
-            print(f"\nStopped by {name} before the first step: start the same command again.", file=sys.stderr)
+            print(f"\nStopped by {name} before anything was done: start the same command again.", file=sys.stderr)
             sys.exit(0)
         if _first is None:
             _first = name, time.monotonic()

@@ -45,7 +45,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 import interruption
 from arguments import UserError, first_line
-from checkpoints import refuse_other_run
+from checkpoints import refuse_other_run, why_not_written
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
 from engines import check_engine
@@ -359,8 +359,8 @@ def save_result(args, family):
             failure = UserError(str(error).replace(folder, args.output_dir))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"the result can't be written to {args.output_dir} ({first_line(error)}); the checkpoints are intact. "
-                "Make room, then resume."
+                f"the result can't be written ({why_not_written(error, args.output_dir)}); the checkpoints in "
+                f"{args.output_dir} are intact. Make room, then resume."
             ) from error
         for path in Path(folder).iterdir():
             replace_path(path, Path(args.output_dir, path.name))
