@@ -260,7 +260,7 @@ def shown(name, value):
         return value or "not sharded"
     if isinstance(value, list):
         value = " ".join(map(str, value))
-    if value in (None, False):
+    if value is None or value is False:
         return f"no --{name}"
     return f"--{name}" if value is True else f"--{name} {value}"
 
