@@ -41,13 +41,14 @@ def prepare(accelerator, args, family, optimizer):
 
             policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    before = {name: p.data for name, p in weights.named.items()}
+    casts = kind == DistributedType.DEEPSPEED and dtype != torch.float32
+    before = {name: p.data for name, p in weights.named.items()} if casts else {}
     if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         shard_before_moving(module, zero, dtype, accelerator.device)
     placement = [False, False] if args.dry_run else None
     weights.model, weights.optimizer = accelerator.prepare(module, optimizer, device_placement=placement)
-    if kind == DistributedType.DEEPSPEED and dtype != torch.float32:
+    if casts:
         weights.restore_precision(before)
     return weights.model, weights.optimizer, weights
 

@@ -124,6 +124,10 @@ class Family:
         self.placed = {}
         self.place(encoder=not args.offload, decoder=args.lpl_weight != 0, text_encoders=not args.offload)
 
+    @property
+    def trained_parameters(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     # Where the frozen models are
 
     def place(self, **parts):

@@ -197,8 +197,7 @@ def main(args):
         cache(accelerator, args, family, stream)
 
     # Optimizer, schedule, average weights.
-    trained = [p for p in family.model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(args, trained, accelerator)
+    optimizer = make_optimizer(args, family.trained_parameters, accelerator)  # not held here: FSDP2 frees them
     model, optimizer, weights = prepare(accelerator, args, family, optimizer)
     lr_scheduler = make_lr_scheduler(args, optimizer)
     ema = make_ema(args, family, weights, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -72,7 +72,7 @@ def make_accelerator(args):
         alone = {"WORLD_SIZE": 1, "ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "false"}
         with patch_environment(**alone):  # no engine; `dry_run` knows what it would do
             accelerator = Accelerator(cpu=True, mixed_precision=precision, dynamo_backend="no")
-        accelerator.state.num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        PartialState().num_processes = accelerator.state.num_processes = int(os.environ.get("WORLD_SIZE", 1))
         # DDP can't wrap a model without values, whose device is "cpu" and not "cpu:0".
         accelerator.state.distributed_type, accelerator.state.device = DistributedType.NO, torch.device("cpu")
         return accelerator
