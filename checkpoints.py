@@ -257,7 +257,7 @@ def shown(name, value):
     if name == "num_processes":
         return f"{value} process{'es' * (value > 1)}"
     if name == "engine":
-        return value or "not sharded"
+        return value or "whole weights"
     if isinstance(value, list):
         value = " ".join(map(str, value))
     if value is None or value is False:

@@ -4,17 +4,22 @@ Where the VAE's weights are at hand, also what its decoder's features are like, 
 """
 
 import copy
+import json
 import math
+import os
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from arguments import UserError
 from counters import FlopCounter, LiveBytes, RealMasks, module_bytes
+from engines import blocks_of
 from loading import load_vae
 from lpl_utils import STATS, _decoder_blocks, compare_gradients, outlier_mask
 from objectives import lpl_share, make_lpl
@@ -30,18 +35,21 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         batch: a batch of the run; training_step: the script's, a function of args, family, model, lpl and batch.
 
     Returns: dict of `trainable_parameters`, `parameters` (the denoiser's); `weights`, `optimizer`, `ema`, `buckets`
-        (what several processes exchange gradients with) and, of a whole step with every sample decoded, `peak` and
-        (without LPL) `peak_l2`, in bytes, on one device; `flops`, expected for an optimizer step of one process, and
-        `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of them that LPL sees once it has started;
-        `blocks`, those of `measure_blocks`: on the main process, empty without LPL or where they can't be measured.
+        (what several processes exchange gradients with), `gathered` (weights that are whole for a moment, where an
+        engine shards them) and, of a whole step with every sample decoded, `peak` and (without LPL) `peak_l2`, in
+        bytes, on one device; `cpu`, bytes that an engine keeps in the CPU's memory for each device; `flops`, expected
+        for an optimizer step of one process, and `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of
+        them that LPL sees once it has started; `blocks`, those of `measure_blocks`: on the main process, empty without
+        LPL or where they can't be measured.
     """
+    engine = planned_engine(os.environ, accelerator.num_processes)
     pictures, batch = batch, encode_ahead(args, family, batch)
-    count = count_what_stays(accelerator, args, family, model, ema)
+    count, share = count_what_stays(args, engine, family, model, ema)
     fixed = sum(count[name] for name in STAYS)
     # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
     family.sample_timesteps = lambda generators, quantiles=(): family.timesteps[:1].repeat(len(generators))
-    step = partial(count_step, accelerator, every, family, model, batch, training_step)
+    step = partial(count_step, accelerator, every, share, family, model, batch, training_step)
 
     passes = args.gradient_accumulation_steps
     peak, flops_l2, _ = step(None)
@@ -56,7 +64,7 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
         count["flops"] += passes * expected * (flops - flops_l2) / decoded
     if accelerator.is_main_process:
         report_settings(args, family, ema)
-        report(args, count, family, lpl, tau)
+        report(args, engine, count, family, lpl, tau)
     count["blocks"] = []
     if accelerator.is_main_process and lpl is not None:
         count["blocks"] = report_blocks(args, family, lpl, pictures)
@@ -75,21 +83,41 @@ def encode_ahead(args, family, batch):
     return batch
 
 
-STAYS = ("weights", "optimizer", "ema", "buckets")
+STAYS = ("weights", "optimizer", "ema", "buckets", "gathered")
 
 
-def count_what_stays(accelerator, args, family, model, ema):
-    """Numbers of parameters, and what a device holds all the time, in bytes."""
+def count_what_stays(args, engine, family, model, ema):
+    """Numbers of parameters, and what a device holds all the time, in bytes; and the Share, if there is an engine."""
     trained = [p for p in model.parameters() if p.requires_grad]
     placed = (family.modules(part) for part, on_device in family.placed.items() if on_device)
-    return {
+    averaged = sum(4 * p.numel() for p in trained) if ema is not None and not args.offload_ema else 0
+    count = {
         "trainable_parameters": sum(p.numel() for p in trained),
         "parameters": sum(p.numel() for p in family.denoiser.parameters()),
         "weights": module_bytes(model, *chain(*placed)) - saved_by_quantising(args, family.denoiser),
         "optimizer": optimizer_bytes(args, trained),
-        "ema": sum(4 * p.numel() for p in trained) if ema is not None and not args.offload_ema else 0,
-        "buckets": sum(4 * p.numel() for p in trained) if accelerator.num_processes > 1 else 0,
+        "ema": averaged,
+        "buckets": sum(4 * p.numel() for p in trained) if engine.processes > 1 else 0,
+        "gathered": 0,
+        "cpu": 0,
     }
+    if engine.name is None:
+        return count, None
+    weights = sum(p.nbytes for p in model.parameters())
+    share = share_of(engine, units_of(model), precise=4 if args.mixed_precision in ("no", "fp32") else 2)
+    compute_in(model, torch.float32 if share.precise == 4 else torch.bfloat16)
+    count |= {"weights": count["weights"] - weights, "optimizer": 0, "ema": 0}
+    count |= {"buckets": share.buckets, "gathered": share.gathered}
+    there = [
+        ("weights", share.weights, engine.offload_weights),
+        ("optimizer", share.optimizer, engine.offload_optimizer),
+    ]
+    if ema is not None:
+        there.append(("ema", share.average, engine.offload_optimizer or args.offload_ema))
+    for name, size, away in there:
+        count["cpu" if away else name] += size
+    count["cpu"] += share.gradients_on_cpu
+    return count, share
 
 
 def saved_by_quantising(args, denoiser):
@@ -108,13 +136,15 @@ def saved_by_quantising(args, denoiser):
     return sum(w.nbytes for w in weights) - math.ceil(packed) - max(w.nbytes for w in weights)
 
 
-def count_step(accelerator, args, family, model, batch, training_step, lpl):
+def count_step(accelerator, args, share, family, model, batch, training_step, lpl):
     """Peak bytes of an optimizer step that is logged; FLOPs and samples decoded of a forward and backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
     max_samples = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
     passes = min(2, args.gradient_accumulation_steps)  # the second has the first one's gradients
     decoded, flops = 0, FlopCounter()
-    with gpu_norms(), RealMasks(), LiveBytes() as memory, counted_visits(family, memory):
+    with gpu_norms(), RealMasks(), LiveBytes() as memory, counted_visits(family, memory), ExitStack() as stack:
+        if share is not None:
+            stack.enter_context(shared_gradients(share, trained, memory))
         for _ in range(passes):
             with flops:
                 forward = training_step(args, family, model, lpl, batch, max_samples)
@@ -124,12 +154,15 @@ def count_step(accelerator, args, family, model, batch, training_step, lpl):
                 compare_gradients(forward.model_pred, forward.diffusion_loss, forward.lpl_loss)
             with flops:
                 accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+        if share is None:
+            accelerator.clip_grad_norm_(trained, args.max_grad_norm)
     for p in trained:
         p.grad = None
     # After the backward pass: AdamW, which fp16 keeps from being fused, and the average have intermediate results.
     unfused = args.optimizer == "adamw" and not args.use_8bit_adam and args.mixed_precision == "fp16"
     update = max(1 + unfused, args.offload_ema + args.foreach_ema) * sum(4 * p.numel() for p in trained)
+    if share is not None:
+        update = max(share.update, (args.offload_ema + args.foreach_ema) * share.average)
     return max(memory.peak, update), flops.total / passes, decoded / passes
 
 
@@ -183,6 +216,185 @@ def expected_decoded(batch, share, max_samples):
         return batch * share * (max_samples or 1)
     chance = [math.comb(batch, k) * share**k * (1 - share) ** (batch - k) for k in range(batch + 1)]
     return sum(p * min(k, max_samples) for k, p in enumerate(chance))
+
+
+class Engine(NamedTuple):
+    """What an accelerate config asks for."""
+
+    name: str | None = None  # as `engines.engine_name` has it
+    processes: int = 1
+    reshard: bool = True  # FSDP2: blocks are not kept whole from the forward to the backward pass
+    offload_weights: bool = False  # to the CPU's memory
+    offload_optimizer: bool = False  # with gradients, float32 weights and their average
+
+
+def planned_engine(environment, processes):
+    """The Engine of the variables that `accelerate launch` sets. Raises UserError if training would refuse it."""
+
+    def is_set(name, default="false"):
+        return environment.get(name, default).lower() == "true"
+
+    if is_set("ACCELERATE_USE_FSDP"):
+        if environment.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP1 is not supported: set fsdp_version: 2 in the accelerate config.")
+        offload = is_set("FSDP_OFFLOAD_PARAMS")
+        return Engine("FSDP2", processes, is_set("FSDP_RESHARD_AFTER_FORWARD", "true"), offload, offload)
+    if not is_set("ACCELERATE_USE_DEEPSPEED"):
+        return Engine(None, processes)
+    file, prefix = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), "ACCELERATE_DEEPSPEED_"
+    zero = json.loads(Path(file).read_text())["zero_optimization"] if file != "none" else {}
+    stage = zero.get("stage", environment.get(f"{prefix}ZERO_STAGE", "2"))
+    if str(stage) == "0":
+        raise UserError("DeepSpeed's zero_stage 0 shards nothing: use DDP, or zero_stage 2 or 3.")
+    homes = [
+        zero.get(f"offload_{part}", {}).get(
+            "device", environment.get(f"{prefix}OFFLOAD_{part.upper()}_DEVICE", "none")
+        )
+        for part in ("param", "optimizer")
+    ]
+    weights, optimizer = (home != "none" for home in homes)
+    return Engine(f"ZeRO-{stage}", processes, True, weights and str(stage) == "3", optimizer)
+
+
+class Share(NamedTuple):
+    """What one process of an engine has of a model, in bytes; where, the Engine says."""
+
+    precise: int  # bytes of a value in the precision of the run
+    weights: int
+    optimizer: int  # AdamW's moments, and what float32 weights there are beside the model's
+    average: int
+    gathered: int  # on the device: weights that are whole while they are used
+    buckets: int  # there, all the time
+    reducing: int  # there, while gradients are exchanged
+    gradients: int  # there, when the last ones are exchanged
+    gradients_on_cpu: int
+    update: int  # there, after the backward pass: the last exchange, or the optimizer's gradients
+
+
+def share_of(engine, units, precise):
+    """The Share of the process that has most.
+
+    Args:
+        units: name -> the parameters that FSDP2 gathers together, "" being the root (see `units_of`).
+        precise: bytes of a value in the precision of the run, 2 or 4.
+    """
+    return (fsdp_share if engine.name == "FSDP2" else zero_share)(engine, units, precise)
+
+
+def fsdp_share(engine, units, precise):
+    """FSDP2 shards each tensor by its first dimension. Each block is gathered while the one before is still there.
+
+    Blocks inside of blocks are there together, the root's own parameters all the time. Of a block, gradients are whole
+    in the run's precision, and in float32 on their way to the other processes while the next block's are computed.
+    """
+
+    def part(p):
+        return math.ceil(p.shape[0] / engine.processes) * (p.numel() // p.shape[0])
+
+    everything = [p for unit in units.values() for p in unit]
+    moved = sum(part(p) for p in everything if p.requires_grad)
+    own = {name: (values(unit), values(unit, trained=True)) for name, unit in units.items()}
+    root, root_trained = own.pop("")
+    nested = [[own[outer] for outer in own if f"{name}.".startswith(f"{outer}.")] for name in own]
+    together = [[sum(sizes) for sizes in zip(*stack)] for stack in nested] or [[0, 0]]
+    largest, largest_trained = (max(sizes, default=0) for sizes in (zip(*own.values()) if own else ((), ())))
+    blocks = max(size for size, _ in together) + largest
+    if not engine.reshard:
+        blocks = values(everything) - root + largest
+    of_block = precise * max(size for _, size in together) + 4 * largest_trained
+    on_device = not engine.offload_optimizer
+    return Share(
+        precise=precise,
+        weights=sum(part(p) * p.element_size() for p in everything),
+        optimizer=8 * moved,
+        average=4 * moved,
+        gathered=precise * (root + blocks),
+        buckets=0,
+        reducing=max(precise * root_trained + of_block, (precise + 4) * root_trained),
+        gradients=4 * moved * on_device,
+        gradients_on_cpu=4 * moved * (not on_device),
+        update=4 * moved * on_device,
+    )
+
+
+BUCKET, LIVE, PREFETCHED, SMALL = 5 * 10**8, 10**9, 5 * 10**7, 10**5  # DeepSpeed's defaults, in values
+
+
+def zero_share(engine, units, precise):
+    """DeepSpeed has the weights in the run's precision and moves float32 copies, of which each process has a part.
+
+    Gradients wait for each other in a bucket of a fixed size, and are copied once more when they leave it. ZeRO-3
+    shards also the weights, but for those of small tensors, and of others keeps up to a number of values whole.
+    """
+    everything = [p for unit in units.values() for p in unit]
+    trained, size = values(everything, trained=True), values(everything)
+    moved, sharded = math.ceil(trained / engine.processes), engine.name == "ZeRO-3"
+    small = sum(p.numel() for p in everything if p.numel() <= SMALL)
+    whole = small + min(size - small, LIVE + PREFETCHED)
+    on_device, several = not engine.offload_optimizer, trained > BUCKET
+    gradients, converted = precise * moved, 0 if precise == 4 else 4 * moved
+    bucket = 0 if sharded else precise * BUCKET  # ZeRO-3 keeps it
+    leaving = precise * min(BUCKET, trained) + (0 if on_device else gradients)
+    left = precise * math.ceil(max(0, trained - BUCKET) / engine.processes)  # when the last bucket is full
+    return Share(
+        precise=precise,
+        weights=precise * (math.ceil(size / engine.processes) if sharded else size),
+        optimizer=12 * moved,
+        average=4 * moved,
+        gathered=precise * whole if sharded else 0,
+        buckets=precise * BUCKET + gradients * on_device if sharded else 0,
+        reducing=bucket + leaving * several,
+        gradients=0 if sharded else left * on_device,
+        gradients_on_cpu=0 if on_device else 4 * moved + gradients * sharded,
+        update=max(bucket + leaving, ((0 if sharded else 2 * gradients) + converted) * on_device),
+    )
+
+
+def values(parameters, trained=False):
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
+
+
+def units_of(module):
+    """Name -> the parameters that FSDP2 gathers with the block of this name, without blocks in it; "": the rest."""
+    classes = set(blocks_of(module))
+    units = {"": [], **{name: [] for name, child in module.named_modules() if type(child).__name__ in classes}}
+    for name, p in module.named_parameters():
+        parts = name.split(".")
+        outer = (".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1))
+        units[next(unit for unit in outer if unit in units)].append(p)
+    return {name: unit for name, unit in units.items() if unit or not name}
+
+
+def compute_in(module, dtype):
+    """Gives a module without values parameters of a precision, as it has them when an engine computes."""
+    made = {}
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None and id(p) not in made:
+                made[id(p)] = torch.nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
+            part._parameters[name] = made.get(id(p))
+
+
+@contextmanager
+def shared_gradients(share, trained, memory):
+    """Lets gradients leave as they are computed, as an engine does, and counts in `memory` what stays of them."""
+    kept, seen, hooks = share.gradients / max(1, values(trained)), set(), []
+
+    def leave(p):
+        p.grad = None
+        if not seen:
+            memory.live += share.reducing
+        if id(p) not in seen:  # of further forward passes, they are added up
+            memory.live += round(kept * p.numel())
+        seen.add(id(p))
+        memory.peak = max(memory.peak, memory.live)
+
+    hooks = [p.register_post_accumulate_grad_hook(leave) for p in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 PICTURES, PIXELS = 2, 256  # what one CPU core decodes in well under a minute
@@ -290,9 +502,10 @@ def report_settings(args, family, ema):
                 print(f"  --{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
-def report(args, count, family, lpl, tau):
+def report(args, engine, count, family, lpl, tau):
     """What `dry_run` returns."""
     trained = {str(p.dtype).removeprefix("torch.") for p in family.model.parameters() if p.requires_grad}
+    trained = {"float32"} if engine.name is not None else trained  # what it has been given to compute in is another
     denoiser = {"unet": "UNet"}.get(family.denoiser_name, family.denoiser_name)
     print(f"\n{family.pipeline_class.__name__}")
     print(
@@ -311,15 +524,22 @@ def report(args, count, family, lpl, tau):
         ("weights", count["weights"], ", ".join(placed)),
         ("optimizer's state", count["optimizer"], "8-bit adamw" if args.use_8bit_adam else args.optimizer),
         ("average weights", count["ema"], "EMA"),
+        ("gathered", count["gathered"], "weights that are whole while they are used"),
         ("buckets", count["buckets"], "gradients on their way between processes"),
         ("the rest at the peak", count["peak"] - sum(count[name] for name in STAYS), "gradients, activations"),
         ("peak", count["peak"], "if LPL sees every sample" if lpl is not None else ""),
         ("  of it due to LPL", count["peak"] - count["peak_l2"], ""),
     ]
-    print(f"\nMemory of a step, on each device (batch {args.train_batch_size}, {args.resolution} pixels)")
+    how = f"batch {args.train_batch_size}, {args.resolution} pixels"
+    if engine.processes > 1 or engine.name is not None:
+        how += f", {engine.name or 'DDP'} on {engine.processes} devices"
+    print(f"\nMemory of a step, on each device ({how})")
     for name, nbytes, note in rows:
         if nbytes or name.startswith(" ") and lpl is not None:
             print(f"  {name:<24}{size(nbytes, 'B', 1024):>12}  {note}".rstrip())
+    if count["cpu"]:
+        what = "what waits in the CPU's memory, for each device"
+        print(f"  {'offloaded':<24}{size(count['cpu'], 'B', 1024):>12}  {what}")
     print("  On top come the allocator's rounding, the libraries' workspaces and, while it draws, the sampler.")
 
     work = f"{args.gradient_accumulation_steps} x {args.train_batch_size} samples per device"

@@ -1,21 +1,27 @@
 """What full-size models cost, by the scripts' own --dry_run: no weights, no download, no GPU.
 
     python benchmarks/dry_runs.py
+    python benchmarks/dry_runs.py --engines
 
-Peak bytes and FLOPs of a training step, for the README's commands and some more. The models are written to a temporary
-folder as config files only.
+Peak bytes and FLOPs of a training step, for the README's commands and some more; with --engines, the peak under each
+accelerate config and on how many devices. The models are written to a temporary folder as config files only.
 """
 
+import argparse
 import contextlib
 import io
 import json
+import os
 import shlex
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import transformers
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 
 ROOT = Path(__file__).parent.parent
@@ -317,28 +323,91 @@ def build_class_folder(folder):
     return folder
 
 
-def main():
+# Which config for which model
+
+XL, SD35_MEDIUM = "stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-3.5-medium"
+FLUX_DEV, QWEN = "black-forest-labs/FLUX.1-dev", "Qwen/Qwen-Image"
+TRAINED = {  # what is trained: the model, the resolution, whether it is LoRA
+    "SD 1.5, all weights": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512, False),
+    "SDXL LoRA": (XL, 1024, True),
+    "SDXL, all weights": (XL, 1024, False),
+    "SD3.5-medium, all weights": (SD35_MEDIUM, 1024, False),
+    "FLUX.1-dev LoRA": (FLUX_DEV, 1024, True),
+    "FLUX.1-dev, all weights": (FLUX_DEV, 1024, False),
+    "Qwen-Image LoRA": (QWEN, 1024, True),
+}
+LAUNCHES = {  # a column: the accelerate config, and on how many devices
+    "1 GPU": ("single_gpu", 1),
+    "DDP": ("ddp", 8),
+    "FSDP2 on 2": ("fsdp2", 2),
+    "FSDP2 on 8": ("fsdp2", 8),
+    "ZeRO-2 on 8": ("zero2", 8),
+    "ZeRO-3, offload, on 2": ("zero3_offload", 2),
+}
+
+
+def launched(config, processes):
+    """The variables with which `accelerate launch` starts a script, of a config of this repository."""
+    path = ROOT / "accelerate_configs" / f"{config}.yaml"
+    words = ["--config_file", path, "--num_processes", processes, "--main_process_port", 0, "train.py"]
+    args = launch_command_parser().parse_args([str(word) for word in words])
+    args, defaults, _ = _validate_launch_command(args)
+    variables = {}
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        variables = prepare_deepspeed_cmd_env(args)[1]
+    elif args.multi_gpu or args.use_fsdp:
+        variables = prepare_multi_gpu_env(args)
+    ours = {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**ours, "WORLD_SIZE": str(processes)}
+
+
+def engines_table(folder):
+    """The peak on each device, in GiB, and behind a + what waits in the CPU's memory for each."""
+    photos = build_photo_folder(folder / "photos", n=1, size=1024)
+    print("| what is trained | " + " | ".join(LAUNCHES) + " |")
+    print("|---" * (1 + len(LAUNCHES)) + "|")
+    flags = ["--mixed_precision", "bf16", "--train_batch_size", 1, "--gradient_checkpointing", "--cache_latents"]
+    flags += ["--center_crop", "--cache_text_embeddings"]
+    for title, (name, resolution, lora) in TRAINED.items():
+        model, cells = write_model(folder / title, name), []
+        for config, processes in LAUNCHES.values():
+            config = {"fsdp2": "fsdp2_lora" if lora else "fsdp2_full"}.get(config, config)
+            with mock.patch.dict(os.environ, launched(config, processes)):
+                more = ["--resolution", resolution, *(["--use_lora", "--rank", 16] if lora else ["--use_ema"])]
+                n = count(model, photos, *flags, *more)
+            cells.append(f"{n['peak'] / 2**30:.1f}" + (f" + {n['cpu'] / 2**30:.1f}" if n["cpu"] else ""))
+        print(f"| {title}, {resolution} px | " + " | ".join(cells) + " |", flush=True)
+
+
+def commands_table(folder):
+    photos = build_photo_folder(folder / "photos", n=8, size=1024)
     print("| command | GiB at the peak | of which LPL adds | TFLOP per optimizer step | of which LPL's |")
     print("|---|---|---|---|---|")
-    xl = "stabilityai/stable-diffusion-xl-base-1.0"
     lora = ["--mixed_precision", "bf16", "--cache_latents", "--center_crop", "--cache_text_embeddings", "--use_lora"]
     commands = readme_commands()
     flux, flux_flags = commands["FLUX.1-dev LoRA on 24 GB"]
     runs = commands | {
         "FLUX.1-dev LoRA on 24 GB, at 1024 pixels": (flux, [*flux_flags, "--resolution", 1024]),
-        "SDXL LoRA, batch 1, without --gradient_checkpointing": (xl, [*lora, "--train_batch_size", 1]),
-        "SDXL LoRA, batch 8": (xl, [*lora, "--train_batch_size", 8, "--gradient_checkpointing"]),
+        "SDXL LoRA, batch 1, without --gradient_checkpointing": (XL, [*lora, "--train_batch_size", 1]),
+        "SDXL LoRA, batch 8": (XL, [*lora, "--train_batch_size", 8, "--gradient_checkpointing"]),
     }
+    classes = build_class_folder(folder / "classes")
+    for title, (name, flags) in runs.items():
+        model = write_model(folder / title, name)
+        captioned = (model / "text_encoder").exists()
+        n = count(model, photos if captioned else classes, *flags)
+        memory = [n["peak"] / 2**30, (n["peak"] - n["peak_l2"]) / 2**30]
+        arithmetic = [n["flops"] / 1e12, (n["flops"] - n["flops_l2"]) / 1e12]
+        print(f"| {title} | " + " | ".join(f"{value:.1f}" for value in memory + arithmetic) + " |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", action="store_true", help="the table of accelerate configs")
+    table = engines_table if parser.parse_args().engines else commands_table
     with tempfile.TemporaryDirectory() as folder:
-        photos = build_photo_folder(Path(folder, "photos"), n=8, size=1024)
-        classes = build_class_folder(Path(folder, "classes"))
-        for title, (name, flags) in runs.items():
-            model = write_model(Path(folder, title), name)
-            captioned = (model / "text_encoder").exists()
-            n = count(model, photos if captioned else classes, *flags)
-            memory = [n["peak"] / 2**30, (n["peak"] - n["peak_l2"]) / 2**30]
-            arithmetic = [n["flops"] / 1e12, (n["flops"] - n["flops_l2"]) / 1e12]
-            print(f"| {title} | " + " | ".join(f"{value:.1f}" for value in memory + arithmetic) + " |", flush=True)
+        table(Path(folder))
 
 
 if __name__ == "__main__":

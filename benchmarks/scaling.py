@@ -4,8 +4,8 @@
 
 The training script runs as its users start it, with the repository's accelerate configs, on a random transformer of
 some ten MB. Machines are noisy, so the engines take turns and a ratio is taken within each round: printed are medians,
-and in brackets the lowest and highest. What is counted is exact: the bytes of a process's own tensors after a step, and
-the most that are alive during one. How LPL's work is spread needs no model, only the noise levels that are drawn.
+and in brackets the lowest and highest. What is counted is exact: the bytes of a process's own tensors after a step,
+and the most that are alive during one. How LPL's work is spread needs no model, only the noise levels that are drawn.
 """
 
 import argparse
@@ -61,7 +61,15 @@ def launch(engine, folder, flags, precision="no", script="train_lpl_dit", proces
     """
     config, usual = ENGINES[engine]
     processes = processes or usual
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--main_process_port", 0]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        processes,
+        "--main_process_port",
+        0,
+    ]
     command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml", "--mixed_precision", precision]
     command += [ROOT / "tests" / "fsdp_on_cpu.py"] if engine == "FSDP2" else []
     reports = Path(folder, "reports")
@@ -73,7 +81,9 @@ def launch(engine, folder, flags, precision="no", script="train_lpl_dit", proces
     run = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
     found = [json.loads(path.read_text()) for path in sorted(reports.iterdir())]
     if run.returncode or len(found) != processes:
-        raise RuntimeError(f"{engine}: {len(found)} of {processes} processes have come to an end\n{run.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{engine}: {len(found)} of {processes} processes have come to an end\n{run.stderr[-3000:]}"
+        )
     return found
 
 
@@ -98,7 +108,9 @@ def work(reports, script, flags):
                 found["seconds"].append(now - self.before)
             if step == args.max_train_steps:
                 self.memory.__exit__(None, None, None)
-                found["peak"] = sum(found[name] for name in ("weights", "optimizer", "ema", "others")) + self.memory.peak
+                found["peak"] = (
+                    sum(found[name] for name in ("weights", "optimizer", "ema", "others")) + self.memory.peak
+                )
             super().step(step, *more)
             if step == args.max_train_steps - 1:
                 found.update(held(**there))
@@ -123,6 +135,7 @@ def held(weights, ema):
     parameters = list(model.parameters())
     partitions = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     owners = {"weights": [*parameters, *partitions, *model.buffers()], "optimizer": [*moved, *state]}
+    owners["optimizer"] += weights.masters
     owners |= {"ema": ema.shadow_params if ema is not None else []}
     owners |= {"others": [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]}
     found, known = {}, set()
@@ -180,7 +193,9 @@ def measure_engines(folder, rounds, steps, engines=ENGINES):
             found[engine].append(launch(engine, folder / f"{engine} {round}", flags))
             print(f"round {round + 1}, {engine}", file=sys.stderr, flush=True)
     seconds = {
-        engine: [median(max(times) for times in zip(*(rank["seconds"][WARM_UP - 1 :] for rank in ranks))) for ranks in runs]
+        engine: [
+            median(max(times) for times in zip(*(rank["seconds"][WARM_UP - 1 :] for rank in ranks))) for ranks in runs
+        ]
         for engine, runs in found.items()
     }
     alone = next(iter(engines))
@@ -260,7 +275,7 @@ def measure_balance(samples, resolution=512):
             found = [decoded_by_ranks(family, seen, processes, batch, steps, flag) for flag in (False, True)]
             extra = [f"{imbalance(decoded):.1%}" for decoded in found]
             rows.append((processes, batch, f"{batch * share:.2f}", *extra))
-    print_table(f"LPL's work over the processes; of {share:.1%} of the samples at {resolution} pixels", *rows)
+    print_table(f"LPL's work over the processes; it sees {share:.1%} of the samples at {resolution} pixels", *rows)
 
 
 def parse_args(words=None):
@@ -268,8 +283,8 @@ def parse_args(words=None):
     add = parser.add_argument
     add("--output", help="a file for the tables, which are printed else")
     add("--rounds", type=int, default=3, help="in which the engines take turns")
-    add("--steps", type=int, default=8, help="that are timed in a round")
-    add("--samples", type=int, default=100_000, help="noise levels drawn for each row of LPL's balance")
+    add("--steps", type=int, default=6, help="that are timed in a round")
+    add("--samples", type=int, default=40_000, help="noise levels drawn for each row of LPL's balance")
     add("--engines", nargs="*", choices=ENGINES, default=list(ENGINES), help="the first is what the others are set to")
     add("--work", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser.parse_args(words)
