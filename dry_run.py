@@ -44,12 +44,12 @@ def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_ste
     """
     engine = planned_engine(os.environ, accelerator.num_processes)
     pictures, batch = batch, encode_ahead(args, family, batch)
-    count, share = count_what_stays(args, engine, family, model, ema)
+    count, own = count_what_stays(args, engine, family, model, ema)
     fixed = sum(count[name] for name in STAYS)
     # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
     family.sample_timesteps = lambda generators, quantiles=(): family.timesteps[:1].repeat(len(generators))
-    step = partial(count_step, accelerator, every, share, family, model, batch, training_step)
+    step = partial(count_step, accelerator, every, own, family, model, batch, training_step)
 
     passes = args.gradient_accumulation_steps
     peak, flops_l2, _ = step(None)

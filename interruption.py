@@ -27,7 +27,7 @@ def install():
         name = signal.Signals(number).name
         if not _deferred:
             print(f"\nStopped by {name} before anything was done: start the same command again.", file=sys.stderr)
-            sys.exit(0)
+            sys.exit("RANK" in os.environ)  # of several, the launcher ends the others only at an error
         if _first is None:
             _first = name, time.monotonic()
             print(f"\n{name}: finishing this step.", file=sys.stderr)
