@@ -141,7 +141,7 @@ class Checkpoints:
         except Exception as error:  # whatever a damaged file makes torch, safetensors or accelerate raise
             reason = first_line(error)
             raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another one.") from error
-        accelerator.step = restored.get("step", 0)
+        accelerator.step = state["step"] * self.args.gradient_accumulation_steps  # it accumulates from here on
         if ema is not None and not state["has_ema"]:
             accelerator.print("--use_ema: that run had no average, so it begins here.")
             for mean, master in zip(ema.shadow_params, self.weights.masters):

@@ -17,13 +17,14 @@ _deferred, _first = False, None  # _first: name and time of the first signal
 
 
 def install():
-    """Handle the signals in this process; what it forks ignores them, so that loading goes on until the step ends."""
+    """Handle the signals in this process; in those that it forks they do what they do by default (but see `ignore`)."""
     main = os.getpid()
 
     def handle(number, frame):
         global _first
         if os.getpid() != main:
-            return
+            signal.signal(number, signal.SIG_DFL)
+            return os.kill(os.getpid(), number)
         name = signal.Signals(number).name
         if not _deferred:
             print(f"\nStopped by {name} before anything was done: start the same command again.", file=sys.stderr)
@@ -51,7 +52,7 @@ def received():
 
 
 def ignore(*_):
-    """For the worker processes of a loader, which torch would let end by SIGTERM."""
+    """For the worker processes of a loader, which has to go on until the step ends."""
     for name in SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

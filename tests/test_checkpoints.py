@@ -115,3 +115,15 @@ def test_epochs_end_when_the_data_has_been_seen_also_with_another_batch(train, c
     assert last_step(Args, 10, 6) == 2 + math.ceil(16 / 6)
     Args.resume_from_checkpoint = None
     assert last_step(Args, 10, 6) == 4
+
+
+def test_accumulation_begins_anew_with_another_number_of_forward_passes(train, monkeypatch):
+    from accelerate import Accelerator
+
+    train(*FLAGS, "--checkpointing_steps", 3, steps=3)
+    synced, backward = [], Accelerator.backward
+    monkeypatch.setattr(
+        Accelerator, "backward", lambda self, *a: synced.append(self.sync_gradients) or backward(self, *a)
+    )
+    train(*FLAGS, *LATEST, "--gradient_accumulation_steps", 2, steps=6)
+    assert synced == [False, True] * 3
