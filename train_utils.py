@@ -362,7 +362,7 @@ def save_result(args, family):
                 f"the result can't be written ({why_not_written(error, args.output_dir)}); the checkpoints in "
                 f"{args.output_dir} are intact. Make room, then resume."
             ) from error
-        for path in Path(folder).iterdir():
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model_index.json"):  # it comes last
             replace_path(path, Path(args.output_dir, path.name))
         if failure is not None:
             raise failure
