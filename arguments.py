@@ -704,6 +704,12 @@ def check_output_dir(args):
             raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder; `latest` finds the newest.")
         if reason := damage(folder):
             raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another checkpoint.")
+        elsewhere = folder.resolve().parent != output.resolve()
+        if elsewhere and (checkpoints or damaged or finished):
+            raise UserError(
+                f"--output_dir {output} holds another run than --resume_from_checkpoint {folder}: choose another "
+                "--output_dir."
+            )
         args.resume_from_checkpoint = str(folder)
 
 
@@ -716,8 +722,14 @@ def complete_checkpoints(output):
 
 
 def all_checkpoints(output):
-    names = (path for path in Path(output).glob("checkpoint-*") if path.name[len("checkpoint-") :].isdigit())
-    return sorted(names, key=lambda path: int(path.name[len("checkpoint-") :]))
+    paths = (path for path in Path(output).glob("checkpoint-*") if checkpoint_step(path) is not None)
+    return sorted(paths, key=checkpoint_step)
+
+
+def checkpoint_step(path):
+    """The step in a checkpoint's name, None if it is no such name."""
+    step = path.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else None
 
 
 def damage(folder):

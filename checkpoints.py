@@ -18,7 +18,15 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from accelerate.utils import gather_object
 
 import interruption
-from arguments import STATE_FILE, UserError, complete_checkpoints, first_line, read_training_state
+from arguments import (
+    STATE_FILE,
+    UserError,
+    all_checkpoints,
+    checkpoint_step,
+    complete_checkpoints,
+    first_line,
+    read_training_state,
+)
 from engines import engine_name
 
 
@@ -76,6 +84,8 @@ class Checkpoints:
         self._try(gather_object, self._write, temporary)
         if self.accelerator.is_main_process:  # the others go on
             self._try(list, self._complete, temporary, final, state)
+            for left in later_checkpoints(output, step):
+                remove(left)
             if args.checkpoints_total_limit:
                 for old in complete_checkpoints(output)[: -args.checkpoints_total_limit]:
                     remove(old)
@@ -153,6 +163,10 @@ class Checkpoints:
         if LPL_SETTINGS & changed.keys() or self.args.lpl_weight == "auto" and "lpl_weight" in changed:
             state["lpl"] = None
         accelerator.print(f"Resuming from {folder} at step {state['step']}.")
+        later = later_checkpoints(self.args.output_dir, state["step"])
+        if later:
+            names = ", ".join(path.name for path in later)
+            accelerator.print(f"Once the next checkpoint is complete, those of the run that is left go: {names}.")
         return state
 
     def _apply_flags(self, groups):
@@ -188,6 +202,11 @@ def remove(folder):
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def later_checkpoints(output, step):
+    """Those that an earlier run has made beyond a step from which another one went on."""
+    return [path for path in all_checkpoints(output) if checkpoint_step(path) > step]
 
 
 def last_step(args, num_samples, samples_per_step):

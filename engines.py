@@ -31,6 +31,7 @@ def prepare(accelerator, args, family, optimizer):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+        config.pop("train_batch_size", None)  # follows from these
     if kind == DistributedType.FSDP:
         module._no_split_modules = blocks_of(module)
     if weights.sharded and accelerator.mixed_precision != "no":
@@ -75,18 +76,30 @@ def check_engine(accelerator, args):
         raise UserError("FSDP1 is not supported: set fsdp_version: 2 in the accelerate config.")
     if name == "FSDP2" and accelerator.state.fsdp_plugin.activation_checkpointing:
         raise UserError("fsdp_activation_checkpointing is --gradient_checkpointing here: set it to false.")
-    if name == "ZeRO-0":
-        raise UserError("DeepSpeed's zero_stage 0 shards nothing: use DDP, or zero_stage 2 or 3.")
+    if name != "FSDP2":
+        check_deepspeed(accelerator.state.deepspeed_plugin, accelerator.mixed_precision, args)
     optimizer = "--use_8bit_adam" if args.use_8bit_adam else f"--optimizer {args.optimizer}"
     if optimizer != "--optimizer adamw":
         raise UserError(f"{optimizer} needs whole tensors, which {name} shards: use --optimizer adamw, or DDP.")
     for flag in ("train_text_encoder", "bnb_quantization_config_path"):
         if getattr(args, flag, None):
             raise UserError(f"--{flag} does not work with {name}: leave it out, or use DDP.")
-    if name != "FSDP2" and args.use_ema:
-        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        if "nvme" in (zero.get(part, {}).get("device") for part in ("offload_param", "offload_optimizer")):
-            raise UserError("--use_ema does not work with weights on NVMe: offload them to the CPU, or leave it out.")
+
+
+def check_deepspeed(plugin, mixed_precision, args):
+    """What a DeepSpeed config may say otherwise than the flags. Raises UserError."""
+    config = plugin.deepspeed_config
+    if plugin.zero_stage == 0:
+        raise UserError("DeepSpeed's zero_stage 0 shards nothing: use DDP, or zero_stage 2 or 3.")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise UserError(f"the DeepSpeed config has its own {section}: remove it, the flags say what it is.")
+    for precision in ("bf16", "fp16"):
+        if config.get(precision, {}).get("enabled") is True and mixed_precision != precision:
+            raise UserError(f"the DeepSpeed config says {precision}, --mixed_precision {mixed_precision}: choose one.")
+    offload = (config["zero_optimization"].get(part, {}) for part in ("offload_param", "offload_optimizer"))
+    if args.use_ema and "nvme" in (where.get("device") for where in offload):
+        raise UserError("--use_ema does not work with weights on NVMe: offload them to the CPU, or leave it out.")
 
 
 def engine_name(accelerator):

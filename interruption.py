@@ -17,7 +17,7 @@ _deferred, _first = False, None  # _first: name and time of the first signal
 
 
 def install():
-    """Handle the signals in this process; in those that it forks they do what they do by default (but see `ignore`)."""
+    """Handle the signals in this process; in those that it forks they do what is the default (but see `ignore`)."""
     main = os.getpid()
 
     def handle(number, frame):

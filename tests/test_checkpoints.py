@@ -127,3 +127,34 @@ def test_accumulation_begins_anew_with_another_number_of_forward_passes(train, m
     )
     train(*FLAGS, *LATEST, "--gradient_accumulation_steps", 2, steps=6)
     assert synced == [False, True] * 3
+
+
+def test_checkpoints_of_the_run_that_is_left_go_when_there_is_a_new_one(train, capsys):
+    flags = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 2, "--lpl_weight", 0)
+    output = train(*flags, steps=6)
+    train(
+        *flags,
+        "--checkpoints_total_limit",
+        5,
+        "--resume_from_checkpoint",
+        "checkpoint-4",
+        "--learning_rate",
+        1,
+        steps=5,
+    )
+    assert "those of the run that is left go: checkpoint-6" in capsys.readouterr().out
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}  # no new one so far
+    train(*flags, "--checkpointing_steps", 1, "--resume_from_checkpoint", "checkpoint-4", steps=5)
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_another_runs_folder_is_not_written_to(train, capsys, tmp_path):
+    mine = train(*FLAGS, steps=2)
+    theirs = train(*FLAGS, steps=2, name="theirs")
+    before = {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        train(*FLAGS, "--resume_from_checkpoint", mine / "checkpoint-2", steps=4, name="theirs")
+    assert "choose another --output_dir" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()} == before
+    new = train(*FLAGS, "--resume_from_checkpoint", mine / "checkpoint-2", steps=4, name="new")
+    assert (new / "checkpoint-4").is_dir()

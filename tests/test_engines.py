@@ -319,12 +319,15 @@ def test_blocks_have_most_of_a_model(tiny_sd, tiny_pipeline, family):
     assert sum(p.numel() for p in inside) > 0.5 * sum(p.numel() for p in model.parameters())
 
 
-def stand_in(kind, fsdp2=True, checkpointing=False, stage=2, zero=None):
+def stand_in(kind, fsdp2=True, checkpointing=False, stage=2, zero=None, **config):
     plugins = {
         "fsdp_plugin": SimpleNamespace(activation_checkpointing=checkpointing),
-        "deepspeed_plugin": SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero or {}}),
+        "deepspeed_plugin": SimpleNamespace(
+            zero_stage=stage, deepspeed_config={"zero_optimization": zero or {}, **config}
+        ),
     }
-    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, state=SimpleNamespace(**plugins))
+    state = SimpleNamespace(**plugins)
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2, state=state, mixed_precision="no")
 
 
 def flags(**changes):
@@ -349,6 +352,9 @@ BNB = {"load_in_4bit": True}
         (stand_in(ZERO, stage=3), flags(train_text_encoder=True), "--train_text_encoder does not work with ZeRO-3"),
         (stand_in(FSDP), flags(bnb_quantization_config_path=BNB), "--bnb_quantization_config_path .* FSDP2"),
         (stand_in(ZERO, stage=3, zero=NVME), flags(), "--use_ema does not work with weights on NVMe"),
+        (stand_in(ZERO, optimizer={"type": "AdamW"}), flags(), "has its own optimizer: remove it"),
+        (stand_in(ZERO, scheduler={"type": "WarmupLR"}), flags(), "has its own scheduler: remove it"),
+        (stand_in(ZERO, bf16={"enabled": True}), flags(), "config says bf16, --mixed_precision no: choose one"),
     ],
 )
 def test_what_an_engine_can_not_do_is_refused(accelerator, args, sentence):
