@@ -45,15 +45,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def run(main, args):
+def run(main, args, resumable=False):
     """Call a script's `main` and end the process.
 
-    A `UserError` becomes one sentence and exit code 1, the rest keeps its traceback.
+    A `UserError` becomes one sentence and exit code 1, the rest keeps its traceback. If the script is `resumable`,
+    a signal is handled as `interruption` says.
     """
-    interruption.install()
+    if resumable:
+        interruption.install()
     one_of_several = "RANK" in os.environ
     try:
-        reason = complaint(main, args)
+        reason = complaint(main, args, resumable)
         if reason is not None:
             print(f"\n{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
         status = 0 if reason is None else 1
@@ -70,8 +72,9 @@ def run(main, args):
         sys.exit(status)
 
 
-def complaint(main, args):
+def complaint(main, args, resumable):
     """What is wrong that the user can mend, in one sentence, or None."""
+    remedy = "go on with --resume_from_checkpoint latest" if resumable else "start again"
     try:
         main(args)
     except UserError as error:
@@ -79,9 +82,11 @@ def complaint(main, args):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return f"the disk is full ({error}); make room, and go on with --resume_from_checkpoint latest."
+        return f"the disk is full ({error}); make room, and {remedy}."
     except KeyboardInterrupt:
-        return "stopped at once; --resume_from_checkpoint latest goes on from the last checkpoint, if there is one."
+        if not resumable:
+            raise
+        return f"stopped at once; if there is a checkpoint, {remedy}."
 
 
 def first_line(error):

@@ -334,7 +334,9 @@ def zero_share(engine, units, precise):
     on_device, several = not engine.offload_optimizer, trained > BUCKET
     gradients, converted = precise * moved, 0 if precise == 4 else 4 * moved
     bucket = 0 if sharded else precise * BUCKET  # ZeRO-3 keeps it
-    leaving = precise * min(BUCKET, trained) + (0 if on_device else gradients)
+    full = min(BUCKET, trained)
+    mine = math.ceil(full / engine.processes) if on_device != sharded else 0  # else they go where they stay
+    leaving = precise * (full + mine)
     left = precise * math.ceil(max(0, trained - BUCKET) / engine.processes)  # when the last bucket is full
     return Share(
         precise=precise,

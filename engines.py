@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from arguments import UserError
 
 
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+_kept = []  # until the process ends
 
 
 def prepare(accelerator, args, family, optimizer):
@@ -51,6 +51,8 @@ def prepare(accelerator, args, family, optimizer):
     weights.model, weights.optimizer = accelerator.prepare(module, optimizer, device_placement=placement)
     if casts:
         weights.restore_precision(before)
+    if accelerator.num_processes > 1:  # its destructor waits for threads, which may wait for Python's lock
+        _kept.append(weights.model)
     return weights.model, weights.optimizer, weights
 
 

@@ -1,7 +1,7 @@
 """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 do not break off a training step: a checkpoint comes first.
 
-`arguments.run` installs the handler. Until training begins there is nothing to save and a signal ends the process;
-from `defer` on it is only noted, and the training loop asks for it with `received`.
+`arguments.run` installs the handler for the training scripts. Until training begins there is nothing to save and a
+signal ends the process; from `defer` on it is only noted, and the training loop asks for it with `received`.
 """
 
 import os

@@ -255,4 +255,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, args)
+    run(main, args, resumable=True)

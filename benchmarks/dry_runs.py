@@ -336,9 +336,9 @@ TRAINED = {  # what is trained: the model, the resolution, whether it is LoRA
     "FLUX.1-dev, all weights": (FLUX_DEV, 1024, False),
     "Qwen-Image LoRA": (QWEN, 1024, True),
 }
-LAUNCHES = {  # a column: the accelerate config, and on how many devices
+LAUNCHES = {  # a column: the accelerate config, and on how many devices; of DDP, any number
     "1 GPU": ("single_gpu", 1),
-    "DDP": ("ddp", 8),
+    "DDP": ("ddp", 2),
     "FSDP2 on 2": ("fsdp2", 2),
     "FSDP2 on 8": ("fsdp2", 8),
     "ZeRO-2 on 8": ("zero2", 8),

@@ -28,6 +28,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from data import print_table  # noqa: E402
+from tiny_models import build_photo_folder  # noqa: E402
+from tiny_transformers import build_tiny_pipeline  # noqa: E402
 
 from counters import LiveBytes  # noqa: E402
 
@@ -47,8 +49,6 @@ WARM_UP = 2  # steps that are not timed
 
 def build_model(folder, width=256, layers=4):
     """A random SD3.5 of 9.9 million parameters, most of them in matrices that ZeRO-3 shards (more than 1e5 values)."""
-    from tiny_transformers import build_tiny_pipeline
-
     sizes = {"num_layers": layers, "num_attention_heads": 4, "attention_head_dim": width // 4}
     return build_tiny_pipeline(folder, "StableDiffusion3", **sizes, caption_projection_dim=width)
 
@@ -126,6 +126,7 @@ def work(reports, script, flags):
 
 def held(weights, ema):
     """Bytes of the tensors of this process, each storage once, by whose they are."""
+    gc.collect()
     optimizer = weights.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -181,8 +182,6 @@ class RankBytes(LiveBytes):
 
 
 def measure_engines(folder, rounds, steps, engines=ENGINES):
-    from tiny_models import build_photo_folder
-
     photos, model = build_photo_folder(folder / "photos", n=16, size=72), build_model(folder / "model")
     flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", photos, "--report_to", "none", "--use_ema"]
     flags += ["--resolution", 64, "--train_batch_size", 2, "--max_train_steps", WARM_UP + steps + 1, "--seed", 0]

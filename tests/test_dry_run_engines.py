@@ -100,14 +100,14 @@ def test_the_share_of_zero_2():
         average=4 * n // 4,
         gathered=0,
         buckets=0,
-        reducing=2 * bucket + 2 * bucket,  # the bucket, and its copy while activations are still there
+        reducing=2 * (bucket + bucket + bucket // 4),  # with its copy and this process's part, amid activations
         gradients=2 * (n - bucket) // 4,
         gradients_on_cpu=0,
-        update=max(4 * bucket, (2 + 2 + 4) * n // 4),  # in bf16, flat, and in float32
+        update=(2 + 2 + 4) * n // 4,  # in bf16, flat, and in float32
     )
     few = share_of(Engine("ZeRO-2", 4), {"": [parameter(100, 10)]}, 4)
     assert (few.weights, few.optimizer, few.gradients) == (4 * 1000, 12 * 250, 0)
-    assert (few.reducing, few.update) == (4 * bucket, 4 * bucket + 4 * 1000)
+    assert (few.reducing, few.update) == (4 * bucket, 4 * (bucket + 1000 + 250))
 
 
 def test_the_share_of_zero_3_whose_weights_wait_in_the_cpus_memory():
@@ -122,10 +122,10 @@ def test_the_share_of_zero_3_whose_weights_wait_in_the_cpus_memory():
         average=4 * moved,
         gathered=2 * (small + 1_050_000_000),
         buckets=2 * bucket,
-        reducing=2 * bucket + 2 * moved,
+        reducing=2 * (bucket + bucket // 2),
         gradients=0,
         gradients_on_cpu=(2 + 4) * moved,
-        update=2 * bucket + 2 * moved,
+        update=2 * (bucket + bucket // 2),
     )
     on_device = share_of(Engine("ZeRO-3", 2), units, 2)
     assert (on_device.buckets, on_device.gradients_on_cpu) == (2 * bucket + 2 * moved, 0)
@@ -243,5 +243,5 @@ def test_it_counts_what_two_processes_hold(tiny_run, dry_run_of, tmp_path, engin
         assert held == pytest.approx(real["optimizer"] + real["ema"], rel=0.001)
     ratio = (counted["peak"] + counted["cpu"] - bucket) / (real["peak"] - bucket)
     print(engine, precision, f"{ratio - 1:+.2%}")
-    # FSDP2 has but four blocks here, and not all that is gathered and reduced is there at the same moment.
-    assert 0.95 < ratio < (1.15 if engine == "FSDP2" else 1.05)
+    # Not all that is gathered, reduced and copied is there at the same moment, and FSDP2 has but four blocks here.
+    assert 0.97 < ratio < (1.05 if engine == "ZeRO-3, offload" else 1.15)
