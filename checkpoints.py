@@ -11,11 +11,12 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
-from accelerate.utils import gather_object
+from accelerate.utils import SCALER_NAME, gather_object
 
 import interruption
 from arguments import (
@@ -144,7 +145,8 @@ class Checkpoints:
         groups = [dict(group) for group in self.weights.optimizer.param_groups]
         try:
             self.weights.load(folder, ema if state["has_ema"] else None)
-            rank, scaler = accelerator.process_index, accelerator.scaler
+            rank = accelerator.process_index
+            scaler = accelerator.scaler if Path(folder, SCALER_NAME).exists() else None  # it begins with fp16
             restored = load_accelerator_state(folder, [], [], [self.lr_scheduler], [], rank, scaler)
             if "step" not in restored and rank < state["settings"]["num_processes"]:
                 raise ValueError(f"the random states of process {rank}")  # accelerate goes on without them
@@ -162,7 +164,8 @@ class Checkpoints:
             accelerator.print(f"Unlike the run to resume: {'; '.join(changed.values())}.")
         if LPL_SETTINGS & changed.keys() or self.args.lpl_weight == "auto" and "lpl_weight" in changed:
             state["lpl"] = None
-        accelerator.print(f"Resuming from {folder} at step {state['step']}.")
+        nothing = state["step"] >= self.args.max_train_steps
+        accelerator.print(f"Resuming from {folder} at step {state['step']}{', the last one' * nothing}.")
         later = later_checkpoints(self.args.output_dir, state["step"])
         if later:
             names = ", ".join(path.name for path in later)
@@ -172,7 +175,7 @@ class Checkpoints:
     def _apply_flags(self, groups):
         """Puts the hyperparameters of `groups` where the checkpoint's are now."""
         for group, given in zip(self.weights.optimizer.param_groups, groups):
-            group |= {name: given[name] for name in ("initial_lr", "betas", "eps", "weight_decay") if name in given}
+            group |= {name: given[name] for name in HYPERPARAMETERS & given.keys()}
         scheduler = self.lr_scheduler
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
         for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
@@ -188,11 +191,12 @@ def why_not_written(error, folder):
 
 def flush(path):
     """What was written is there even if the machine goes down."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError) if path.is_dir() else nullcontext():  # not all file systems do that
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove(folder):
@@ -232,6 +236,10 @@ def check_data(accelerator, stream, folder, state):
         )
 
 
+# Of an optimizer, those that the flags say:
+HYPERPARAMETERS = set(
+    "initial_lr betas eps weight_decay beta3 decouple use_bias_correction safeguard_warmup fused".split()
+)
 # Settings. Those that only say where, when and how fast:
 FREE = set(
     "train_data_dir train_shards dataset_name pretrained_model_name_or_path pretrained_vae_model_name_or_path "

@@ -9,12 +9,13 @@
 """
 
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 
-from arguments import UserError
+from arguments import UserError, first_line
 
 
 _kept = []  # until the process ends
@@ -215,14 +216,16 @@ class Sharded(Weights):
     def save(self, folder, ema):
         import torch.distributed.checkpoint as dcp
 
-        dcp.save(self._state(ema), checkpoint_id=str(Path(folder, "sharded")))
+        with ordinary_errors():
+            dcp.save(self._state(ema), checkpoint_id=str(Path(folder, "sharded")))
 
     def load(self, folder, ema):
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         state = self._state(ema)
-        dcp.load(state, checkpoint_id=str(Path(folder, "sharded")))  # in place
+        with ordinary_errors():
+            dcp.load(state, checkpoint_id=str(Path(folder, "sharded")))  # in place
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"])
         if ema is not None:
             ema.optimization_step = state["ema_steps"].item()
@@ -295,7 +298,8 @@ class Zero(Sharded):
         return safe_get_full_fp32_param(p)
 
     def save(self, folder, ema):
-        self.model.save_checkpoint(str(folder), "deepspeed", exclude_frozen_parameters=self.family.args.use_lora)
+        with collected_errors(self.model.checkpoint_engine, "save"):
+            self.model.save_checkpoint(str(folder), "deepspeed", exclude_frozen_parameters=self.family.args.use_lora)
         if ema is not None:
             torch.save(ema.state_dict(), Path(folder, self._average))
 
@@ -303,6 +307,38 @@ class Zero(Sharded):
         self.model.load_checkpoint(str(folder), "deepspeed", load_module_strict=not self.family.args.use_lora)
         if ema is not None:
             load_average(ema, load_file(folder, self._average))
+
+
+@contextmanager
+def ordinary_errors():
+    """What torch.distributed.checkpoint raises, the errors of all processes, is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        first, *_ = error.failures.values()
+        raise OSError(first_line(first[0])) from error
+
+
+@contextmanager
+def collected_errors(target, name):
+    """Raises errors of a method at the end only, so that this process still meets the others in between."""
+    method, errors = getattr(target, name), []
+
+    def call(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+
+    setattr(target, name, call)
+    try:
+        yield
+    finally:
+        setattr(target, name, method)
+    if errors:
+        raise errors[0]
 
 
 def shared(tensor):

@@ -27,11 +27,12 @@ def install():
             return os.kill(os.getpid(), number)
         name = signal.Signals(number).name
         if not _deferred:
-            print(f"\nStopped by {name} before anything was done: start the same command again.", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"\nStopped by {name} before anything was done: start the same command again.", file=sys.stderr)
             sys.exit("RANK" in os.environ)  # of several, the launcher ends the others only at an error
         if _first is None:
             _first = name, time.monotonic()
-            print(f"\n{name}: finishing this step.", file=sys.stderr)
+            print(f"\n{name}: this step is finished and saved first.", file=sys.stderr)
         elif name == "SIGINT" and time.monotonic() - _first[1] > _AT_ONCE_AFTER:
             raise KeyboardInterrupt
 

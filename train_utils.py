@@ -338,9 +338,10 @@ def finish(accelerator, args, family, weights, ema, optimizer):
     accelerator.print(f"Saved to {args.output_dir}; load it with {family.loader}.")
     images = None
     if args.validation_prompts and not args.skip_final_inference and not interruption.received():
-        final = family.load_result(args.output_dir)
-        pictures = [task(final) for task in drawing_tasks(args, family)]
-        images = show_samples(accelerator, args, pictures, args.max_train_steps, title="final")
+        final, tasks = family.load_result(args.output_dir), drawing_tasks(args, family)
+        pictures = [task(final) for task in tasks if not interruption.received()]
+        if len(pictures) == len(tasks):
+            images = show_samples(accelerator, args, pictures, args.max_train_steps, title="final")
     if args.push_to_hub and interruption.received():
         accelerator.print(f"Not uploaded, because of {interruption.received()}: `{upload_command(args)}` does it.")
     elif args.push_to_hub:

@@ -48,7 +48,7 @@ WARM_UP = 2  # steps that are not timed
 
 
 def build_model(folder, width=256, layers=4):
-    """A random SD3.5 of 9.9 million parameters, most of them in matrices that ZeRO-3 shards (more than 1e5 values)."""
+    """A random SD3.5 of 9.5 million parameters, most of them in matrices that ZeRO-3 shards (more than 1e5 values)."""
     sizes = {"num_layers": layers, "num_attention_heads": 4, "attention_head_dim": width // 4}
     return build_tiny_pipeline(folder, "StableDiffusion3", **sizes, caption_projection_dim=width)
 

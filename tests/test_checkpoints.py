@@ -158,3 +158,13 @@ def test_another_runs_folder_is_not_written_to(train, capsys, tmp_path):
     assert {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()} == before
     new = train(*FLAGS, "--resume_from_checkpoint", mine / "checkpoint-2", steps=4, name="new")
     assert (new / "checkpoint-4").is_dir()
+
+
+def test_prodigys_flags_count_too(train, monkeypatch):
+    flags = (*FLAGS, "--optimizer", "prodigy")
+    train(*flags, steps=2)
+    groups, finish = [], train_lpl_sd.finish
+    monkeypatch.setattr(train_lpl_sd, "finish", lambda *a: groups.extend(a[-1].param_groups) or finish(*a))
+    train(*flags, *LATEST, "--prodigy_beta3", 0.9, "--prodigy_decouple", "false", steps=3)
+    assert groups[0]["beta3"] == 0.9 and groups[0]["decouple"] is False
+    assert groups[0]["k"] == 3  # its own state is the checkpoint's

@@ -21,11 +21,12 @@ from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 import train_lpl_dit
 import train_lpl_sd
 from arguments import UserError
-from engines import blocks_of, check_engine
+from engines import blocks_of, check_engine, collected_errors, ordinary_errors
 from family import Family
 from model_families import StableDiffusion
 from noise import stratified_quantiles
@@ -374,6 +375,27 @@ def test_what_an_engine_can_not_do_is_refused(accelerator, args, sentence):
 )
 def test_what_an_engine_can_do_is_not(accelerator, args):
     check_engine(accelerator, args)
+
+
+def test_errors_of_a_method_come_when_all_is_done():
+    def save(name):
+        if name == "full":
+            raise OSError(28, "No space left on device")
+        saved.append(name)
+
+    saved, target = [], SimpleNamespace(save=save)
+    with pytest.raises(OSError, match="No space left"):
+        with collected_errors(target, "save"):
+            target.save("full")
+            target.save("other")
+    assert saved == ["other"] and target.save is save
+
+
+def test_what_torch_raises_for_all_processes_can_be_caught():
+    failure = (OSError(28, "No space left on device"), None)
+    with pytest.raises(OSError, match="No space left"):
+        with ordinary_errors():
+            raise CheckpointException("save", {1: failure})
 
 
 # Two processes
