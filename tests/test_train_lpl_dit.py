@@ -177,7 +177,7 @@ def test_on_a_fixed_batch_both_losses_fall_and_all_weights_learn(model_of, data_
     flags = (*KINDS[kind], *LPL, "--lpl_chunk_size", 0)
     args, loaded, batch = prepare(model, data_of(family), tmp_path, *flags)
     # Little noise: in more, the tiny VAE's latents, nearly white noise themselves, are lost for LPL.
-    loaded.sample_timesteps = lambda generators: loaded.timesteps[[10, 30, 60, 100]]
+    loaded.sample_timesteps = lambda generators, quantiles=(): loaded.timesteps[[10, 30, 60, 100]]
     step = partial(
         train_lpl_dit.training_step, args, loaded, loaded.model, make_lpl(args, loaded.vae, loaded.unscale), batch
     )
