@@ -287,7 +287,7 @@ def readme_commands():
     """
     commands, trained = {}, {}
     for section in (ROOT / "README.md").read_text().split("\n### ")[1:]:
-        title, text = section.split("\n", 1)
+        title, text = section.partition("\n## ")[0].split("\n", 1)
         blocks = (block.partition("```")[0].replace("\\\n", " ") for block in text.split("```bash")[1:])
         launches = [launch for block in blocks for launch in block.split("accelerate launch")[1:]]
         scripts = ("train_lpl_sd.py", "train_lpl_dit.py")
