@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from engines import blocks_of, check_engine, collected_errors, ordinary_errors
 from family import Family
 from model_families import StableDiffusion
 from noise import stratified_quantiles
-from train_utils import sample_generators
+from train_utils import make_accelerator, sample_generators
 
 
 ROOT = Path(train_lpl_sd.__file__).parent
@@ -375,6 +376,21 @@ def test_what_an_engine_can_not_do_is_refused(accelerator, args, sentence):
 )
 def test_what_an_engine_can_do_is_not(accelerator, args):
     check_engine(accelerator, args)
+
+
+def test_the_process_group_has_the_timeout_of_the_flag(monkeypatch, tmp_path):
+    handlers = []
+
+    def accelerator(kwargs_handlers, **more):
+        handlers.extend(kwargs_handlers)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("train_utils.Accelerator", accelerator)
+    args = {"dry_run": False, "output_dir": tmp_path, "logging_dir": "logs", "gradient_accumulation_steps": 1}
+    args |= {"mixed_precision": None, "report_to": "none", "nccl_timeout": 7}
+    with pytest.raises(UserError, match="seen"):
+        make_accelerator(SimpleNamespace(**args))
+    assert handlers[0].to_kwargs()["timeout"] == timedelta(seconds=7)
 
 
 def test_errors_of_a_method_come_when_all_is_done():
