@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,17 @@ import interruption
 
 class UserError(ValueError):
     """A mistake of the user's: one plain sentence that names the flag or file and the remedy."""
+
+    exit_status = 1
+
+
+class NotUploaded(UserError):
+    """All is done and on the disk, but not on the Hub."""
+
+    exit_status = 3
+
+
+LAST_WORK = []  # functions to call before the process ends, however training ended
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -55,15 +67,18 @@ def run(main, args, resumable=False):
         interruption.install()
     one_of_several = "RANK" in os.environ
     try:
-        reason = complaint(main, args, resumable)
-        if reason is not None:
-            print(f"\n{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
-        status = 0 if reason is None else 1
+        error = complaint(main, args, resumable)
+        if error is not None:
+            print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        status = 0 if error is None else error.exit_status
     except Exception:
         if not one_of_several:
             raise
         traceback.print_exc()
         status = 1
+    finally:
+        for work in LAST_WORK:
+            work()
     if one_of_several:  # whose libraries' threads now and then wait for each other on their way out
         sys.stdout.flush()
         sys.stderr.flush()
@@ -73,20 +88,20 @@ def run(main, args, resumable=False):
 
 
 def complaint(main, args, resumable):
-    """What is wrong that the user can mend, in one sentence, or None."""
+    """The UserError that ended `main`, or what can be said as one; or None."""
     remedy = "go on with --resume_from_checkpoint latest" if resumable else "start again"
     try:
         main(args)
     except UserError as error:
-        return str(error)
+        return error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return f"the disk is full ({error}); make room, and {remedy}."
+        return UserError(f"the disk is full ({error}); make room, and {remedy}.")
     except KeyboardInterrupt:
         if not resumable:
             raise
-        return f"stopped at once; if there is a checkpoint, {remedy}."
+        return UserError(f"stopped at once; if there is a checkpoint, {remedy}.")
 
 
 def first_line(error):
@@ -319,7 +334,8 @@ def add_output_arguments(parser, guidance_scale=None):
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between checkpoints")
     add("--checkpoint_minutes", type=number, help="also a checkpoint when the last one is older than this")
     add("--checkpoints_total_limit", type=int, help="older checkpoints are removed after a new one is complete")
-    add("--resume_from_checkpoint", help="folder of a checkpoint, or latest")
+    add("--resume_from_checkpoint", help="folder of a checkpoint, or latest; hub: the newest of --hub_model_id; "
+        "owner/name or owner/name/checkpoint-N: of another repository on the Hub")
     add("--validation_prompts", nargs="+", help="prompts (class names or numbers) to draw during training")
     add("--validation_prompt", help="the same for one prompt")
     add("--validation_steps", type=int, help="optimizer steps between drawings, 500 by default")
@@ -334,7 +350,19 @@ def add_output_arguments(parser, guidance_scale=None):
     add("--report_to", choices=["tensorboard", "wandb", "trackio", "all", "none"], default="tensorboard",
         help="tracker; all: those that are installed")
     add("--tracker_project_name", default="lpl-finetune", help="name of the project in the tracker")
-    add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
+    group = parser.add_argument_group("result")
+    add = group.add_argument
+    add("--save_dtype", nargs="+", choices=["fp32", "fp16", "bf16"], default=["fp32"], help="precision of the saved "
+        "weights; of a pipeline also several, fp16 and bf16 as variants of these names")
+    add("--max_shard_size", default="10GB", help="largest weight file of a pipeline, such as 5GB")
+    add("--save_only_trained", action="store_true", help="save what was trained, not the whole pipeline")
+    add("--save_non_ema", action="store_true", help="with --use_ema: also the weights without the average, as variant "
+        "non_ema")
+    add("--output_kohya_format", action="store_true", help="with --use_lora: also a file for ComfyUI, A1111, Forge "
+        "and kohya's scripts (Stable Diffusion, SDXL, FLUX.1)")
+    add("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub, with a model card")
+    add("--hub_strategy", choices=["end", "checkpoint", "all_checkpoints"], default="end", help="what is uploaded: "
+        "the result; also the newest checkpoint, or every checkpoint, while training goes on")
     add("--hub_model_id", help="owner/name or name of the Hub repository; by default the output folder's name")
     add("--hub_token", help="write token; by default that of `hf auth login`")
     add("--hub_private_repo", action="store_true", help="create the repository as a private one")
@@ -400,7 +428,8 @@ REFUSED = {
     "--offload": "is not there: take the encoders off the device with --cache_latents and --cache_text_embeddings",
     "--bnb_quantization_config_path": "is for transformers: save memory with --mixed_precision bf16, "
     "--gradient_checkpointing and --use_8bit_adam",
-    "--upcast_before_saving": "is not needed, as weights are saved in float32: leave it out",
+    "--upcast_before_saving": "is not needed, as weights are saved in float32 unless --save_dtype says otherwise: "
+    "leave it out",
     "--adam_weight_decay_text_encoder": "is not there: --adam_weight_decay is for all that is trained, the text "
     "encoders' adapters too",
 }
@@ -432,6 +461,8 @@ def parse_args(parser, argv=None):
         similar = difflib.get_close_matches(flag, known, n=1)
         parser.error(f"there is no flag {flag}" + (f"; is {similar[0]} meant?" if similar else ": see --help."))
     args = argparse.Namespace(**{**ABSENT, **vars(parser.parse_args(argv))})
+    flags = (action.dest for action in parser._actions if hasattr(args, action.dest) and action.dest != "hub_token")
+    args.changed = {name: value for name in flags if (value := getattr(args, name)) != parser.get_default(name)}
     args.given_flags = sorted(set(given))
     args.given_lpl_flags = [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_"))]
     try:
@@ -491,11 +522,13 @@ def check_ranges(args):
         )
 
 
-LORA_FLAGS = "--rank --lora_alpha --lora_layers --lora_dropout --use_dora --train_text_encoder".split()
+LORA_FLAGS = (
+    "--rank --lora_alpha --lora_layers --lora_dropout --use_dora --train_text_encoder --output_kohya_format".split()
+)
 ADAM_FLAGS = "--adam_beta1 --adam_beta2 --adam_epsilon".split()
 PRODIGY_FLAGS = "--prodigy_beta3 --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup".split()
-EMA_FLAGS = "--ema_decay --offload_ema --foreach_ema".split()
-HUB_FLAGS = "--hub_model_id --hub_token --hub_private_repo".split()
+EMA_FLAGS = "--ema_decay --offload_ema --foreach_ema --save_non_ema".split()
+HUB_FLAGS = "--hub_model_id --hub_token --hub_private_repo --hub_strategy".split()
 DRAWING_FLAGS = (
     "--validation_steps --validation_epochs --num_validation_images --validation_guidance_scale "
     "--validation_inference_steps --skip_final_inference"
@@ -554,6 +587,7 @@ def check_combinations(args):
             "--cache_text_embeddings keeps what the text encoders give before training, while --train_text_encoder "
             "changes them: leave one of them out."
         )
+    check_result(args)
     if args.hub_token and args.report_to in ("wandb", "all"):
         raise UserError(
             "--hub_token would end up in wandb, which records the command line: log in with `hf auth login` instead, "
@@ -603,6 +637,35 @@ def check_data(args):
         raise UserError(f"--latent_cache_dir {args.latent_cache_dir} is a file: name a folder.")
 
 
+def check_result(args):
+    """How the result is saved and uploaded."""
+    if args.use_lora:
+        check_unused(args, ["--save_only_trained", "--max_shard_size"], "--use_lora")
+        if args.output_kohya_format and args.use_dora:
+            raise UserError(
+                "--output_kohya_format: no other tool reads the magnitudes of --use_dora as they are meant: leave one "
+                "of them out."
+            )
+        if len(args.save_dtype) > 1:
+            raise UserError("--save_dtype: LoRA files have one precision, name one.")
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", args.max_shard_size, re.IGNORECASE):
+        raise UserError(f"--max_shard_size {args.max_shard_size} is no size: give one such as 5GB or 500MB.")
+    if args.hub_token is not None:
+        args.hub_token = args.hub_token.strip()
+        if not re.fullmatch(r"[!-~]+", args.hub_token):
+            raise UserError("--hub_token is empty or has characters that no token has: copy it anew.")
+        print(
+            "--hub_token: other users of this machine can see it, and `accelerate launch` prints it should the run "
+            "fail; `hf auth login` or the variable HF_TOKEN keep it secret.",
+            file=sys.stderr,
+        )
+    if args.resume_from_checkpoint == "hub" and not args.push_to_hub:
+        raise UserError(
+            "--resume_from_checkpoint hub goes on from the repository of --push_to_hub: add it, or name a repository "
+            "to read from, as owner/name."
+        )
+
+
 def check_prompts(args):
     """DreamBooth's flags: the prompt of all images, and those of prior preservation."""
     if args.with_prior_preservation:
@@ -649,6 +712,7 @@ def set_defaults(args):
         args.lora_alpha = args.rank
     if args.validation_prompt is not None:
         args.validation_prompts = [args.validation_prompt]
+    args.save_dtype = sorted(set(args.save_dtype), key=["fp32", "bf16", "fp16"].index)
 
 
 def check_folders(args):
@@ -678,12 +742,17 @@ def check_folders(args):
 
 def check_output_dir(args):
     """Nothing that the user has is overwritten; sets `args.resume_from_checkpoint` to a folder or None."""
+    import hub
+
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
+    if wanted == "hub":  # the same command on any machine, at any time
+        hub.fetch_newest(args)
+        wanted = "latest"
     checkpoints = complete_checkpoints(output)
     damaged = [(folder, reason) for folder in all_checkpoints(output)[::-1] if (reason := damage(folder))]
-    results = ("model_index.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    results = "model_index.json pytorch_lora_weights.safetensors adapter_model.safetensors unet transformer".split()
     finished = any((output / name).exists() for name in results)
     if wanted is None and (checkpoints or damaged):
         raise UserError(
@@ -705,6 +774,9 @@ def check_output_dir(args):
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
     elif wanted:
         folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
+        if folder is None and hub.is_checkpoint_on_the_hub(wanted):
+            folder = hub.fetch_checkpoint(args, wanted, occupied=finished)
+            checkpoints, damaged = complete_checkpoints(output), []
         if folder is None:
             raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder; `latest` finds the newest.")
         if reason := damage(folder):
@@ -719,6 +791,7 @@ def check_output_dir(args):
 
 
 STATE_FILE = "training_state.json"  # of a checkpoint
+LOG_FILE = "train_log.jsonl"
 
 
 def complete_checkpoints(output):
@@ -733,8 +806,8 @@ def all_checkpoints(output):
 
 def checkpoint_step(path):
     """The step in a checkpoint's name, None if it is no such name."""
-    step = path.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else None
+    name, _, step = path.name.partition("-")
+    return int(step) if name == "checkpoint" and step.isdecimal() else None
 
 
 def damage(folder):

@@ -20,6 +20,7 @@ from accelerate.utils import SCALER_NAME, gather_object
 
 import interruption
 from arguments import (
+    LOG_FILE,
     STATE_FILE,
     UserError,
     all_checkpoints,
@@ -37,12 +38,14 @@ class Checkpoints:
     Args:
         weights: see `engines`; ema: the average of them, or None.
         stream: the data, see `data_utils`.
+        hub: where checkpoints are uploaded (see `hub.Hub`), or None.
     """
 
-    def __init__(self, accelerator, args, weights, ema, lr_scheduler, stream):
-        self.accelerator, self.args = accelerator, args
+    def __init__(self, accelerator, args, weights, ema, lr_scheduler, stream, hub=None):
+        self.accelerator, self.args, self.hub = accelerator, args, hub
         self.weights, self.ema, self.lr_scheduler, self.stream = weights, ema, lr_scheduler, stream
-        self.saved_at = time.monotonic()
+        self.started = self.saved_at = time.monotonic()
+        self.spent = {}  # hardware -> seconds, before this process
 
     # When
 
@@ -60,12 +63,21 @@ class Checkpoints:
         """Whether the run ends here, since a signal has asked for it; then it says how to go on."""
         if not wishes[0] or step >= self.args.max_train_steps:
             return False
+        uploads = self.args.push_to_hub and self.args.hub_strategy != "end"
+        elsewhere = ", on another machine with --resume_from_checkpoint hub" if uploads else ""
         self.accelerator.print(
             f"\nStopped by {interruption.received() or 'a signal to another process'} after step {step}, with a "
-            "checkpoint: the same command with --resume_from_checkpoint latest goes on."
+            f"checkpoint: the same command with --resume_from_checkpoint latest goes on{elsewhere}."
         )
         self.accelerator.end_training()
         return True
+
+    def time_spent(self):
+        """Hardware -> seconds of the whole run, resumed or not; `2 x NVIDIA L4`, for instance."""
+        count, device = self.accelerator.num_processes, self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} process"
+        name = f"{count} x {name}"
+        return {**self.spent, name: self.spent.get(name, 0) + time.monotonic() - self.started}
 
     # Save
 
@@ -79,7 +91,7 @@ class Checkpoints:
         state = {"step": step, "position": position, "lpl": lpl.state_dict() if lpl is not None else None}
         state |= {"seed": args.seed, "num_samples": self.stream.num_samples, "has_ema": self.ema is not None}
         state["streams"] = gather_object([self.stream.state(position, self.accelerator.num_processes)])
-        state["settings"] = settings_of(self.accelerator, args)
+        state["settings"], state["spent"] = settings_of(self.accelerator, args), self.time_spent()
 
         self._try(gather_object, self._prepare, temporary)
         self._try(gather_object, self._write, temporary)
@@ -89,7 +101,10 @@ class Checkpoints:
                 remove(left)
             if args.checkpoints_total_limit:
                 for old in complete_checkpoints(output)[: -args.checkpoints_total_limit]:
-                    remove(old)
+                    if self.hub is None or self.hub.may_remove(old):
+                        remove(old)
+            if self.hub is not None:
+                self.hub.add(final)
         self.saved_at = time.monotonic()
 
     def _try(self, gather, do, temporary, *more):
@@ -120,6 +135,9 @@ class Checkpoints:
         save_accelerator_state(temporary, [], [], [self.lr_scheduler], [], rank, accelerator.step, scaler)
 
     def _complete(self, temporary, final, state):
+        log = final.with_name(LOG_FILE)
+        if log.exists():  # whoever goes on elsewhere has the whole curve
+            shutil.copyfile(log, temporary / LOG_FILE)
         paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
         state["files"] = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in paths}
         state_file = temporary / STATE_FILE
@@ -139,9 +157,14 @@ class Checkpoints:
         """
         accelerator, stream, ema = self.accelerator, self.stream, self.ema
         state = read_training_state(folder)
+        self.spent = state.get("spent", {})
         check_data(accelerator, stream, folder, state)
         if state["streams"]:
             stream.load_state(state["streams"][accelerator.process_index % len(state["streams"])])
+        log = Path(self.args.output_dir, LOG_FILE)
+        if accelerator.is_main_process and not log.exists() and Path(folder, LOG_FILE).exists():
+            log.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder, LOG_FILE), log)
         groups = [dict(group) for group in self.weights.optimizer.param_groups]
         try:
             self.weights.load(folder, ema if state["has_ema"] else None)
@@ -249,10 +272,13 @@ FREE = set(
     "checkpointing_steps checkpoint_minutes checkpoints_total_limit resume_from_checkpoint validation_prompts "
     "validation_prompt validation_steps validation_epochs num_validation_images validation_guidance_scale "
     "validation_inference_steps skip_final_inference logging_dir logging_steps report_to tracker_project_name "
-    "push_to_hub hub_model_id hub_token hub_private_repo nccl_timeout seed max_bad_images num_train_epochs".split()
+    "push_to_hub hub_strategy hub_model_id hub_token hub_private_repo save_dtype max_shard_size save_only_trained "
+    "save_non_ema output_kohya_format nccl_timeout seed max_bad_images num_train_epochs".split()
 )
 # That follow from others:
-FREE |= set("pipelines given_flags given_lpl_flags absent_parts num_classes latent_size buckets samples".split())
+FREE |= set(
+    "pipelines changed given_flags given_lpl_flags absent_parts num_classes latent_size buckets samples".split()
+)
 # With which the saved weights, or the optimizer's state, mean something else:
 FIXED = set(
     "use_lora rank lora_alpha lora_layers use_dora train_text_encoder optimizer use_8bit_adam prediction_type "

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from arguments import UserError
 from counters import FlopCounter, LiveBytes, RealMasks, module_bytes
 from engines import blocks_of
-from loading import load_vae
+from loading import DTYPES, load_vae
 from lpl_utils import STATS, _decoder_blocks, compare_gradients, outlier_mask
 from objectives import lpl_share, make_lpl
-from train_utils import DTYPES, optimizer_bytes, sample_generators
+from train_utils import optimizer_bytes, sample_generators
 
 
 def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step):
@@ -483,7 +483,7 @@ def outlier_share(lpl, phi, first, growth):
     return 1 - valid.float().mean().item()
 
 
-HIDDEN = ("pipelines", "given_flags", "given_lpl_flags", "samples", "hub_token", "dry_run")
+HIDDEN = ("pipelines", "changed", "given_flags", "given_lpl_flags", "samples", "hub_token", "dry_run")
 HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size", "buckets")
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -151,6 +151,12 @@ class Weights:
         for p, value in zip(self.masters, values):
             p.copy_(value)
 
+    def whole(self):
+        """Name -> whole tensor on the CPU, on the main process."""
+        if not self.accelerator.is_main_process:
+            return {}
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.named.items()}
+
     def make_whole(self):
         """Makes the family's model on the main process one of whole tensors, to be saved; training is over then."""
 
@@ -201,14 +207,18 @@ class Sharded(Weights):
     def masters(self):
         return [shared(p.to_local()) for p in self.parameters]
 
-    def make_whole(self):
-        state = dict(self._constant)
+    def whole(self):
+        state = {}
         for name, p in self.named.items():  # one by one: the device need not hold all of them
             tensor = self._gather(p)
             if self.accelerator.is_main_process:
                 state[name] = tensor.detach().to("cpu", copy=True)
+        return state
+
+    def make_whole(self):
+        state = self.whole()
         if self.accelerator.is_main_process:
-            self.family.rebuild_denoiser(state)
+            self.family.rebuild_denoiser(self._constant | state)
 
     def _gather(self, p):
         return p.full_tensor()

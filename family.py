@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from arguments import UserError, first_line
 from counters import without_values
 from disk_cache import files_hash, weights_hash
+from kohya import KOHYA_FILE, kohya_metadata, to_kohya
 from loading import (
+    DTYPES,
     from_config_without_values,
     given_vae_config,
     hub_flags,
@@ -54,6 +56,8 @@ diffusers.utils.logging.set_verbosity_error()  # else every long caption is repo
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+VARIANTS = {"fp32": None, "fp16": "fp16", "bf16": "bf16"}  # precision of files -> their variant
+NON_EMA = "non_ema"  # variant of the weights beside their average, as Stable Diffusion's repositories have it
 
 
 class Family:
@@ -107,6 +111,8 @@ class Family:
         with torch.random.fork_rng():
             torch.manual_seed(args.seed or 0)  # adapters begin alike in all processes
             self.adapted = self._add_adapters() if args.use_lora else {}
+        if args.output_kohya_format:
+            self._for_kohya(torch.float32, device="meta")  # may refuse
         for name in self.unread:
             self.denoiser.get_submodule(name).requires_grad_(False)
         if args.dry_run:
@@ -367,21 +373,27 @@ class Family:
             return self.save_lora(folder)
         self.denoiser.save_pretrained(Path(folder, self.denoiser_name))
 
-    def save_lora(self, folder):
+    def save_lora(self, folder, dtype=torch.float32, name=LORA_FILE):
         """A file that `load_lora_weights` of the pipeline reads or, where it can't, a folder for peft."""
         if not self.stock_lora:
-            config, state = self.denoiser.peft_config["default"], lora_state(self.denoiser)
+            config, state = self.denoiser.peft_config["default"], lora_state(self.denoiser, dtype)
             config.save_pretrained(folder)
             state = {f"base_model.model.{key}": value for key, value in state.items()}
             return save_file(state, Path(folder, PEFT_FILE), metadata={"format": "pt"})
-        layers = {}
-        for name, model in self.adapted.items():
+        layers = {f"{part}_lora_layers": state for part, state in self._lora_states(dtype).items()}
+        metadata = _collate_lora_metadata(self.adapted)
+        self.pipeline_class.save_lora_weights(folder, weight_name=name, **layers, **metadata)
+
+    def _lora_states(self, dtype):
+        """Part of the pipeline -> the weights of its adapters by name."""
+        states = {}
+        for part, model in self.adapted.items():
             # In peft's names: diffusers' own are for attention layers only, and a mix loads in part, silently.
-            state = lora_state(model)
-            if name != self.denoiser_name:  # as older transformers, and other tools, call a text encoder's modules
-                state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
-            layers[f"{name}_lora_layers"] = state
-        self.pipeline_class.save_lora_weights(folder, **layers, **_collate_lora_metadata(self.adapted))
+            states[part] = lora_state(model, dtype)
+            if part != self.denoiser_name:  # as older transformers, and other tools, call a text encoder's modules
+                state = states[part].items()
+                states[part] = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state}
+        return states
 
     def load_weights(self, folder):
         """What `save_weights` wrote."""
@@ -400,7 +412,10 @@ class Family:
                 raise ValueError(f"its LoRA is another one: {(missing or wrong.unexpected_keys)[0]}")
 
     def save_result(self, folder):
-        """LoRA weights, or a stock pipeline: the new denoiser, a scheduler that says how it was trained, the rest."""
+        """LoRA weights, or a stock pipeline: the new denoiser, a scheduler that says how it was trained, the rest.
+
+        In every precision of --save_dtype.
+        """
         base = self.args.pretrained_model_name_or_path
         local = base is not None and is_folder_name(base)  # no paths of this machine in what may be shared
         name = Path(base).resolve().name if local else base
@@ -408,16 +423,30 @@ class Family:
             self.denoiser.register_to_config(_name_or_path=name)
         for config in getattr(self.denoiser, "peft_config", {}).values():
             config.base_model_name_or_path = name
-        self.save_weights(folder)  # first what training made, should the base model be out of reach
-        if self.args.use_lora:
+        if self.args.use_lora or self.args.save_only_trained:
             if self.args.prediction_type or self.args.rescale_betas_zero_snr:  # the base model's does not say so
                 self.pipe.scheduler.save_pretrained(Path(folder, "scheduler"))
+        if self.args.use_lora:
+            self.save_lora(folder, DTYPES[self.args.save_dtype[0]])
+            if self.args.output_kohya_format:
+                state, metadata = self._for_kohya(DTYPES[self.args.save_dtype[0]])
+                save_file(state, Path(folder, KOHYA_FILE), metadata=metadata)
             return
+        for precision in self.args.save_dtype:
+            dtype = DTYPES[precision]
+            files = {"variant": VARIANTS[precision], "max_shard_size": self.args.max_shard_size}
+            denoiser = in_precision(self.denoiser, dtype)
+            # First what training made, should the base model be out of reach.
+            denoiser.save_pretrained(Path(folder, self.denoiser_name), **files)
+            if not self.args.save_only_trained:
+                self._load_rest(folder, denoiser, dtype).save_pretrained(folder, **files)
+
+    def _load_rest(self, folder, denoiser, dtype):
+        """The pipeline around a denoiser that is saved in `folder`, all of it in one precision."""
         try:
-            frozen = {self.denoiser_name: self.denoiser, "scheduler": self.pipe.scheduler}
+            frozen = {self.denoiser_name: denoiser, "scheduler": self.pipe.scheduler}
             frozen |= dict.fromkeys(self.args.absent_parts)
-            # All in float32 like the denoiser: a text encoder is loaded in the precision of its file.
-            pipe = self._load_pipeline(**frozen, **self._load_vae(torch.float32), dtype=torch.float32)
+            pipe = self._load_pipeline(**frozen, **self._load_vae(dtype), dtype=dtype)
         except UserError as error:
             saved = Path(folder, self.denoiser_name)
             raise UserError(f"what was trained is saved in {saved}, the rest of the pipeline not: {error}") from error
@@ -425,7 +454,26 @@ class Family:
             path = part.config.get("_name_or_path")
             if path and is_folder_name(path):
                 part.register_to_config(_name_or_path=Path(path).resolve().name)
-        pipe.save_pretrained(folder)
+        return pipe
+
+    def _for_kohya(self, dtype, device=None):
+        """The adapters and the metadata of a file for other tools. Raises UserError: they have no name for a layer."""
+        states = self._lora_states(dtype).items()
+        state = {f"{part}.{key}": value.to(device) for part, state in states for key, value in state.items()}
+        settings = self.args.lora_alpha, self.pipeline_class.__name__
+        return to_kohya(state, *settings), kohya_metadata(state, *settings)
+
+    def save_non_ema(self, folder, state):
+        """Weights that are not the average (name -> tensor) beside those that are."""
+        self.model.load_state_dict(state, strict=False)
+        dtype = DTYPES[self.args.save_dtype[0]]
+        if not self.args.use_lora:
+            files = {"variant": NON_EMA, "max_shard_size": self.args.max_shard_size}
+            in_precision(self.denoiser, dtype).save_pretrained(Path(folder, self.denoiser_name), **files)
+        elif self.stock_lora:
+            self.save_lora(folder, dtype, name=LORA_FILE.replace(".", f"_{NON_EMA}."))
+        else:
+            self.save_lora(Path(folder, NON_EMA), dtype)
 
     def rebuild_denoiser(self, state):
         """The denoiser anew, on the CPU, from name -> whole tensor (with LoRA the adapters'); it can only be saved."""
@@ -443,21 +491,38 @@ class Family:
 
         Returns a function that draws one PIL image of a prompt with the pipeline's settings.
         """
+        self._leave_device()
+        settings = {**self.unused, **self.settings, "dtype": self.weight_dtype}  # its sampler can't mix precisions
+        variant = VARIANTS[self.args.save_dtype[0]]
+        if not self.args.use_lora and not self.args.save_only_trained:
+            return self._drawing(self._load_saved(folder, variant=variant, **settings))
+        given = {"scheduler": self.pipe.scheduler, **self._load_vae(self.weight_dtype)}
+        if self.args.save_only_trained:
+            files = {"subfolder": self.denoiser_name, "variant": variant, "dtype": self.weight_dtype}
+            given[self.denoiser_name] = load(self.denoiser_class, folder, "--output_dir", **files)
+            return self._drawing(self._load_pipeline(**given, **settings))
+        pipe = self._load_pipeline(**given, **self._given_denoiser(self.weight_dtype), **settings)
+        if self.stock_lora:
+            pipe.load_lora_weights(folder, weight_name=LORA_FILE)
+        else:
+            PeftModel.from_pretrained(pipe.transformer, folder)
+        return self._drawing(pipe)
+
+    def load_base(self):
+        """The model before it was trained, as `load_result` gives the one after it; None if it began from scratch."""
+        if self.args.transformer_config:
+            return None
+        given = {**self._load_vae(self.weight_dtype), **self._given_denoiser(self.weight_dtype)}
+        return self._drawing(self._load_pipeline(**given, **self.unused, **self.settings, dtype=self.weight_dtype))
+
+    def _leave_device(self):
         self.place(encoder=False, decoder=False, text_encoders=False)
         tensors = chain(self.model.parameters(), self.model.buffers())
         empty = any(tensor.is_meta for tensor in tensors)  # it was rebuilt to be saved
         if not empty and not self.args.bnb_quantization_config_path:  # in 8 bits it can't be moved, and is small
             self.model.to("cpu")
-        settings = {**self.unused, **self.settings, "dtype": self.weight_dtype}  # its sampler can't mix precisions
-        if self.args.use_lora:
-            given = {"scheduler": self.pipe.scheduler, **self._load_vae(self.weight_dtype)}
-            pipe = self._load_pipeline(**given, **self._given_denoiser(self.weight_dtype), **settings)
-            if self.stock_lora:
-                pipe.load_lora_weights(folder)
-            else:
-                PeftModel.from_pretrained(pipe.transformer, folder)
-        else:
-            pipe = self._load_saved(folder, **settings)
+
+    def _drawing(self, pipe):
         pipe.set_progress_bar_config(disable=True)
         if self.args.offload and self.device.type == "cuda":
             pipe.enable_model_cpu_offload(device=self.device)
@@ -597,7 +662,18 @@ class DenoiserWithTextEncoders(torch.nn.Module):
         return self.denoiser(noisy_latents, timestep, **inputs, return_dict=return_dict)
 
 
-def lora_state(model):
+def lora_state(model, dtype=torch.float32):
     """Name -> weights of a model's adapters; peft need not look for embedding layers in the base, there are none."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: value.contiguous() for name, value in state.items()}
+    return {name: value.to(dtype).contiguous() for name, value in state.items()}
+
+
+def in_precision(model, dtype):
+    """The model if it is in this precision, else a copy on the CPU that can only be saved."""
+    if model.dtype == dtype:
+        return model
+    with torch.device("meta"):
+        copy = type(model).from_config(model.config)
+    state = model.state_dict().items()
+    copy.load_state_dict({k: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in state}, assign=True)
+    return copy

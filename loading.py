@@ -16,6 +16,7 @@ from model_checks import is_folder_name, vae_folder
 
 
 VAE_FLAG = "--pretrained_vae_model_name_or_path"
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(model_class, name, flag, method="from_pretrained", **kwargs):

@@ -197,6 +197,17 @@ def check_configs(args, index, vae_config, denoiser_config, scheduler_config):
     check_vae(args, pipeline, vae_config, denoiser_config)
     check_resolution(args, pipeline, vae_config, denoiser_config)
     check_schedule(args, pipeline, scheduler_config)
+    if args.output_kohya_format and pipeline not in KOHYA:
+        raise UserError(
+            f"--output_kohya_format is for Stable Diffusion, SDXL and FLUX.1, not for {pipeline}: leave it out."
+        )
+    if args.save_only_trained and pipeline == "ClassConditionalPipeline":
+        raise UserError(f"--save_only_trained: diffusers has no {pipeline}, its code is in whole ones: leave it out.")
+    if args.save_only_trained and args.pretrained_model_name_or_path is None:
+        raise UserError("--save_only_trained: there is no pipeline with the other parts: leave it out.")
+
+
+KOHYA = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline")
 
 
 def check_conditioning(args, index, pipeline, denoiser_config):

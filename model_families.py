@@ -627,8 +627,8 @@ class ClassConditionalMMDiT(ClassConditional):
             return super().loader
         return "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
 
-    def _load_saved(self, folder, dtype):
-        return load(DiffusionPipeline, folder, "--output_dir", trust_remote_code=True, dtype=dtype)
+    def _load_saved(self, folder, **settings):
+        return load(DiffusionPipeline, folder, "--output_dir", trust_remote_code=True, **settings)
 
 
 FAMILIES = {

@@ -92,6 +92,27 @@ def lpl_share(family, tau):
     return (weights[sigma_gate(family.alphas, family.sigmas, tau)].sum() / weights.sum()).item()
 
 
+def describe_lpl(args, family, lpl):
+    """What a model card says of LPL, name -> text; empty without it."""
+    if lpl is None:
+        return {}
+    tau, measured = lpl_threshold(args), args.lpl_weight == "auto"
+    weight = "not reached" if lpl.weight is None else f"{lpl.weight:.5g}"
+    aim = f", measured so that LPL is {args.lpl_target_share:.0%} of the loss" if measured else ""
+    statistics = "without a gradient" if args.lpl_detach_stats else "with their gradient"
+    masked = f"masked, searched in the {args.lpl_outlier_source}" if args.lpl_outlier_mask else "not masked"
+    facts = {
+        "Weight": weight + aim,
+        "Samples": f"those with sigma/alpha at most {tau:g}, {lpl_share(family, tau):.1%} of all",
+        "Compared": f"the decoder's mid block and {args.lpl_num_blocks} up blocks, {args.lpl_weighting} weights",
+        "Normalisation": f"{args.lpl_normalization} statistics, {statistics}; {args.lpl_reduction} over positions",
+        "Outliers": masked,
+    }
+    if args.lpl_start_step:
+        facts["From step"] = args.lpl_start_step
+    return facts
+
+
 def loss_weights(args, alpha, sigma, prediction_type):
     """Per-sample weights `[B]` of the diffusion loss by the flags, or None: min-SNR, or those of Esser et al. 2024.
 

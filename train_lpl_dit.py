@@ -69,16 +69,16 @@ from checkpoints import Checkpoints, last_step
 from data_utils import build_dataloader, make_stream
 from dry_run import dry_run
 from engines import prepare
+from hub import Hub
+from loading import DTYPES
 from lpl_utils import compare_gradients, lpl_term, summarize
 from model_families import find_family
 from noise import add_noise, sample_noise, stratified_quantiles, training_target
-from objectives import calibrate_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
+from objectives import calibrate_lpl, describe_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
 from train_utils import (
-    DTYPES,
     Log,
     add_class_images,
     cache,
-    create_hub_repo,
     draw,
     finish,
     make_accelerator,
@@ -160,8 +160,8 @@ def main(args):
         logger.warning(f"--learning_rate {args.learning_rate} is low for Prodigy, which finds its own: leave it at 1.")
 
     family_class = find_family(args)
-    if args.push_to_hub and accelerator.is_main_process and not args.dry_run:
-        create_hub_repo(args)
+    is_pushed = args.push_to_hub and accelerator.is_main_process and not args.dry_run
+    hub = Hub(args) if is_pushed else None  # a wrong token or name is known at once
 
     # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
     stream = make_stream(args)
@@ -205,7 +205,7 @@ def main(args):
         return dry_run(accelerator, args, family, model, lpl, tau, ema, next(batches()), training_step)
 
     # Where to start.
-    checkpoints = Checkpoints(accelerator, args, weights, ema, lr_scheduler, stream)
+    checkpoints = Checkpoints(accelerator, args, weights, ema, lr_scheduler, stream, hub)
     global_step, position = 0, 0  # optimizer steps done, samples consumed
     if args.resume_from_checkpoint:
         state = checkpoints.load(args.resume_from_checkpoint)
@@ -268,7 +268,7 @@ def main(args):
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, weights, ema, global_step)
 
-    finish(accelerator, args, family, weights, ema, optimizer)
+    finish(accelerator, args, family, checkpoints, {"Latent Perceptual Loss": describe_lpl(args, family, lpl)})
 
 
 if __name__ == "__main__":

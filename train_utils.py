@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-import shlex
 import shutil
 import sys
 import time
@@ -20,7 +19,6 @@ from itertools import count, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
@@ -37,23 +35,18 @@ from accelerate.utils import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 import interruption
-from arguments import UserError, first_line
+from arguments import LOG_FILE, UserError, first_line
 from checkpoints import refuse_other_run, why_not_written
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
 from engines import check_engine
-from model_checks import is_folder_name
-
-
-DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LOG_FILE = "train_log.jsonl"
+from hub import upload_command
+from model_card import duration, write_model_card
 
 
 def make_accelerator(args):
@@ -321,11 +314,14 @@ def draw(accelerator, args, family, weights, ema, step):
         show_samples(accelerator, args, [image for _, image in images], step)
 
 
-def finish(accelerator, args, family, weights, ema, optimizer):
+def finish(accelerator, args, family, checkpoints, facts):
     """The result, with the average weights if there are any; then what its user does: load it, draw, share it.
 
-    All processes call this; but for the main one they leave when it has the weights, so that none waits for it.
+    facts: what the model card shall say besides, headings -> {name: text}. All processes call this; but for the main
+    one they leave when it has the weights, so that none waits for it.
     """
+    weights, ema = checkpoints.weights, checkpoints.ema
+    raw = weights.whole() if args.save_non_ema else None
     if ema is not None:
         weights.set(ema.shadow_params)
         ema.to("cpu")
@@ -333,29 +329,51 @@ def finish(accelerator, args, family, weights, ema, optimizer):
     accelerator.state.destroy_process_group()
     if not accelerator.is_main_process:
         return
-    save_result(args, family)
-    optimizer.state.clear()  # its memory is free for what is drawn
+    save_result(args, family, raw)
+    weights.optimizer.state.clear()  # its memory is free for what is drawn
     accelerator.print(f"Saved to {args.output_dir}; load it with {family.loader}.")
-    images = None
-    if args.validation_prompts and not args.skip_final_inference and not interruption.received():
-        final, tasks = family.load_result(args.output_dir), drawing_tasks(args, family)
-        pictures = [task(final) for task in tasks if not interruption.received()]
-        if len(pictures) == len(tasks):
-            images = show_samples(accelerator, args, pictures, args.max_train_steps, title="final")
-    if args.push_to_hub and interruption.received():
-        accelerator.print(f"Not uploaded, because of {interruption.received()}: `{upload_command(args)}` does it.")
-    elif args.push_to_hub:
-        write_model_card(args, family, images)
-        accelerator.print(f"Uploaded to {push_to_hub(args)}")
+    images, base_images = [], []
+    if args.validation_prompts and not args.skip_final_inference:
+        images = draw_all(args, family, family.load_result, args.output_dir)
+        if images:
+            show_samples(accelerator, args, images, args.max_train_steps, title="final")
+            base_images = draw_all(args, family, family.load_base) if args.push_to_hub else []
     accelerator.end_training()
+    if args.push_to_hub:
+        forwards = f"{args.gradient_accumulation_steps} forward passes"
+        times = (f"{name}, {duration(seconds)}" for name, seconds in checkpoints.time_spent().items())
+        training = {
+            "Samples per step": f"{args.train_batch_size} x {accelerator.num_processes} processes x {forwards}",
+            "Mixed precision": accelerator.mixed_precision,
+            "Hardware": "; ".join(times),
+        }
+        write_model_card(args, family, training, facts, images, base_images)
+        if interruption.received():
+            print(f"Not uploaded, because of {interruption.received()}: `{upload_command(args)}` does it.")
+        else:
+            print(f"Uploaded to {checkpoints.hub.push_result()}")
 
 
-def save_result(args, family):
-    """The result appears in the output folder when it is complete, or as far as the base model is in reach."""
+def draw_all(args, family, load, *more):
+    """PIL images of the validation prompts by what `load` gives; none after a signal, or from scratch."""
+    if interruption.received():
+        return []
+    draw, tasks = load(*more), drawing_tasks(args, family)
+    images = [task(draw) for task in tasks if draw is not None and not interruption.received()]
+    return images if len(images) == len(tasks) else []
+
+
+def save_result(args, family, raw=None):
+    """The result appears in the output folder when it is complete, or as far as the base model is in reach.
+
+    raw: weights to save besides, if those of the result are an average: name -> tensor.
+    """
     with TemporaryDirectory(dir=args.output_dir, prefix="tmp-result-") as folder:
         failure = None
         try:
             family.save_result(folder)
+            if raw is not None:
+                family.save_non_ema(folder, raw)
         except UserError as error:
             failure = UserError(str(error).replace(folder, args.output_dir))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -455,6 +473,8 @@ class Log:
         self.steps.append(losses)
         self.bar.update(1)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in with_shares(losses).items()}, refresh=False)
+        if step == self.args.max_train_steps:
+            self.bar.close()
         if not self.is_due(step):
             return
         means = {name: np.mean([losses.get(name, 0) for losses in self.steps]) for name in losses}
@@ -475,133 +495,6 @@ def with_shares(losses):
     return losses | {f"{name}_share": losses[name] / losses["loss"] for name in terms}
 
 
-# The Hub
-
-
-def create_hub_repo(args):
-    """Create the repository before anything is trained, so that a wrong token or name is known at once.
-
-    Sets `args.hub_model_id` to the full name.
-    """
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    api = HfApi(token=args.hub_token)
-    try:
-        args.hub_model_id = api.create_repo(name, exist_ok=True, private=args.hub_private_repo or None).repo_id
-        api.auth_check(args.hub_model_id, write=True)  # a public one that exists is found without the right to write
-        public = args.hub_private_repo and not api.model_info(args.hub_model_id).private
-    except (HTTPError, OSError, ValueError) as error:
-        raise UserError(
-            f"--push_to_hub: there is no writing to the repository {name} ({hub_reason(error)}): log in with `hf auth "
-            "login`, give --hub_token and --hub_model_id, or leave --push_to_hub out."
-        ) from error
-    if public:
-        raise UserError(f"--hub_private_repo: {args.hub_model_id} exists and is public; name another --hub_model_id.")
-
-
-def push_to_hub(args):
-    """Upload the output folder without checkpoints and logs; returns the address of the commit."""
-    try:
-        return HfApi(token=args.hub_token).upload_folder(
-            repo_id=args.hub_model_id,
-            folder_path=args.output_dir,
-            ignore_patterns=not_uploaded(args),
-            commit_message="End of training",
-        )
-    except Exception as error:  # whatever the network, the Hub and its storage make the client raise
-        raise UserError(
-            f"the upload failed ({hub_reason(error)}); the result is safe in {args.output_dir}: log in with `hf auth "
-            f"login`, then `{upload_command(args)}`."
-        ) from error
-
-
-def not_uploaded(args):
-    return ["checkpoint-*", "tmp-*", f"{os.path.normpath(args.logging_dir)}/**", LOG_FILE]
-
-
-def upload_command(args):
-    """What does it by hand."""
-    words = ["hf", "upload", args.hub_model_id, args.output_dir, "."]
-    return shlex.join(words + [word for pattern in not_uploaded(args) for word in ("--exclude", pattern)])
-
-
-def hub_reason(error):
-    """The Hub's own words, if it has answered."""
-    return first_line(getattr(error, "server_message", None) or error).rstrip(".")
-
-
-def write_model_card(args, family, images):
-    """A basic `README.md` in the output folder; `images` is the path of a grid of samples, or None."""
-    sources = {"base_model": args.pretrained_model_name_or_path, "datasets": args.dataset_name}
-    # The Hub refuses metadata with a name that is not an id.
-    ids = {key: name for key, name in sources.items() if name and not is_folder_name(name)}
-    if "base_model" in ids:
-        ids["base_model_relation"] = "adapter" if args.use_lora else "finetune"
-    task = "text-to-image" if args.num_classes is None else "unconditional-image-generation"
-    tags = [task, "diffusers", "diffusers-training", "latent-perceptual-loss", *["lora"] * args.use_lora]
-    data = ModelCardData(library_name="diffusers", pipeline_tag=task, tags=tags, **ids)
-
-    objective = "the diffusion loss alone"
-    if args.lpl_weight != 0:
-        objective = "the [Latent Perceptual Loss](https://arxiv.org/abs/2411.04873) besides the diffusion loss"
-    what = "LoRA weights for" if args.use_lora else "Finetuned from"
-    vae, dataset = args.pretrained_vae_model_name_or_path, args.dataset_name
-    if sources["base_model"]:
-        text = f"{what} `{public_name(sources['base_model'])}`"
-    else:
-        text = f"A {type(family.denoiser).__name__}, from scratch"
-    text += f" with the VAE `{public_name(vae)}`" if vae else ""
-    data_words = "tar shards" if args.train_shards else "a folder of images"
-    text += f", trained on {f'`{public_name(dataset)}`' if dataset else data_words} for "
-    text += f"{args.max_train_steps} steps at {args.resolution} pixels with {objective}."
-    sections = [f"---\n{data.to_yaml()}\n---", f"# {args.hub_model_id}", text]
-    if images is not None:
-        sections += [f"![samples]({images.relative_to(args.output_dir).as_posix()})"]
-        sections += [f"Prompts, a row each: {'; '.join(args.validation_prompts)}."]
-    sections += [f"```python\n{code_of_card(args, family)}\n```"]
-    Path(args.output_dir, "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-
-
-def code_of_card(args, family):
-    """Python that loads the result from the Hub, as it was trained, and draws the first validation prompt."""
-    base, result = args.pretrained_model_name_or_path, args.hub_model_id
-    pipeline_class = family.pipeline_class.__name__
-    imports, classes = [], {pipeline_class}
-    if not args.use_lora and not hasattr(diffusers, pipeline_class):  # the pipeline's code is among the files
-        classes = {"DiffusionPipeline"}
-        lines = [f'pipe = DiffusionPipeline.from_pretrained("{result}", trust_remote_code=True).to("cuda")']
-    elif not args.use_lora:
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{result}").to("cuda")']
-    else:
-        base = f"path/to/{public_name(base)}" if is_folder_name(base) else base
-        given = {name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}
-        given = "".join(f', {name}="{value}"' for name, value in given.items())
-        if not hasattr(diffusers, pipeline_class):
-            pipeline_class, classes = "DiffusionPipeline", {"DiffusionPipeline"}
-            given = ", trust_remote_code=True" + given
-        # Without a dtype the text encoders would come in the precision of their files, the UNet in float32.
-        imports = ["import torch"]
-        lines = [f'pipe = {pipeline_class}.from_pretrained("{base}"{given}, dtype=torch.float32).to("cuda")']
-        if family.stock_lora:
-            lines += [f'pipe.load_lora_weights("{result}")']
-        else:
-            imports += ["from peft import PeftModel"]
-            lines += [f'PeftModel.from_pretrained(pipe.transformer, "{result}")']
-        scheduler = Path(args.output_dir, "scheduler", "scheduler_config.json")
-        if scheduler.exists():  # it is saved if training changed it
-            scheduler_class = json.loads(scheduler.read_text())["_class_name"]
-            classes.add(scheduler_class)
-            lines += [f'pipe.scheduler = {scheduler_class}.from_pretrained("{result}", subfolder="scheduler")']
-    if args.validation_prompts:
-        settings = {**family.size_settings(args.resolution), **family.sampling}
-        settings = [f"{name}={value!r}" for name, value in settings.items()]
-        prompt = [
-            f"{name}={json.dumps(value, ensure_ascii=False)}"
-            for name, value in family.prompt(args.validation_prompts[0]).items()
-        ]
-        lines += [f"image = pipe({', '.join(prompt + settings)}).images[0]"]
-    return "\n".join([*imports, f"from diffusers import {', '.join(sorted(classes))}", "", *lines])
-
-
 def replace_text(path, text):
     """Writes a file so that at any time either the old or the new one is there."""
     temporary = path.with_name(f"tmp-{path.name}")
@@ -614,8 +507,3 @@ def replace_path(new, old):
     if old.is_dir():
         shutil.rmtree(old)
     os.replace(new, old)
-
-
-def public_name(name):
-    """A Hub id as it is; of a folder of this machine only its own name."""
-    return Path(name).resolve().name if is_folder_name(name) else name

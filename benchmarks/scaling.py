@@ -150,7 +150,8 @@ def held(weights, ema):
 def storages(tensors):
     """Address -> storage with memory of this process: of DTensors, that of the local part."""
     local = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
-    found = {s.data_ptr(): s for s in (t.untyped_storage() for t in local if t.device.type != "meta")}
+    storages = (tensor.untyped_storage() for tensor in local)
+    found = {storage.data_ptr(): storage for storage in storages if storage.device.type != "meta"}  # nor fake ones
     return {address: storage for address, storage in found.items() if address}
 
 

@@ -8,6 +8,7 @@ import pytest
 import scaling
 import torch
 from diffusers import DDPMScheduler
+from torch._subclasses import FakeTensorMode
 
 
 # What is counted
@@ -41,8 +42,11 @@ def test_each_storage_counts_once_for_its_first_owner():
     sizes = scaling.held(Weights, average)
     steps = 2 * 4  # AdamW counts them for each tensor
     assert (sizes["weights"], sizes["optimizer"], sizes["ema"]) == (440, 2 * 440 + steps, 440)
+    with FakeTensorMode():
+        fake = [torch.ones(1000)]  # has no memory, nor an address to ask for
     more = torch.ones(500)
     assert scaling.held(Weights, None)["others"] - sizes["others"] == more.nbytes + 440
+    assert fake[0].device.type == "cpu"
 
 
 # LPL's work over the ranks

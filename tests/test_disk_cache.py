@@ -1,6 +1,7 @@
 """Caches on the disk: found again when nothing that matters has changed, made anew when something has."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import pytest
 import torch
 from conftest import read_log
 from diffusers import AutoencoderKL
+from marks import slow_but
 from PIL import Image
 from safetensors.torch import load, save_file
 from tiny_models import build_photo_folder, build_tiny_vae
@@ -69,9 +71,9 @@ def entries(folder, kind="latents"):
     return sorted(Path(folder, kind).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("prior", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_cached_run_is_the_run_without_a_cache(train, tmp_path, photos, prior, counted):
-    flags = FLAGS + ("--dataloader_num_workers", 1, "--logging_steps", 1)
+    flags = FLAGS + ("--dataloader_num_workers", 1, "--logging_steps", 1, "--lpl_weight", 0.1)
     if prior:
         flags += ("--with_prior_preservation", "--class_data_dir", photos, "--class_prompt", "a class")
         flags += ("--num_class_images", 3)
@@ -84,13 +86,13 @@ def test_a_cached_run_is_the_run_without_a_cache(train, tmp_path, photos, prior,
 
 
 def test_what_does_not_change_the_values_recomputes_nothing(train, tmp_path, photos, counted):
-    cache = ("--latent_cache_dir", tmp_path / "cache")
+    cache = ("--latent_cache_dir", tmp_path / "cache", "--lpl_weight", 0)
     train(*FLAGS, *cache, name="first")
     images, captions = len(os.listdir(photos)) - 1, set(counted["captions"])
     assert len(counted["latents"]) == 2 * images and len(captions) == len(counted["captions"]) and "" in captions
     forget(counted)
     others = ("--learning_rate", 0.01, "--train_batch_size", 3, "--lpl_weight", 0.1, "--seed", 9, "--center_crop")
-    train(*others, *cache, name="second")
+    train(*cache, *others, name="second")
     moved = shutil.copytree(photos, tmp_path / "elsewhere")
     train(*FLAGS, *cache, data=("--train_data_dir", moved), name="third")
     assert counted == {"latents": [], "captions": []}
@@ -98,12 +100,13 @@ def test_what_does_not_change_the_values_recomputes_nothing(train, tmp_path, pho
     assert counted["latents"] == [] and set(counted["captions"]) == {f"sks, {text}" for text in captions - {""}}
 
 
-@pytest.mark.parametrize(
-    "what", ["resolution", "image_interpolation_mode", "vae", "vae_dtype", "image", "text_encoder"]
-)
+CHANGES = ("resolution", "image_interpolation_mode", "vae", "vae_dtype", "image", "text_encoder")
+
+
+@pytest.mark.parametrize("what", slow_but(("vae", "image", "text_encoder"), CHANGES))
 def test_what_changes_the_values_makes_new_entries(train, tiny_sd, tmp_path, photos, counted, what):
     folder = shutil.copytree(photos, tmp_path / "photos")
-    cache = ("--latent_cache_dir", tmp_path / "cache", "--center_crop")
+    cache = ("--latent_cache_dir", tmp_path / "cache", "--center_crop", "--lpl_weight", 0)
     train(*cache, data=("--train_data_dir", folder), steps=1, name="first")
     images, captions = len(counted["latents"]), len(counted["captions"])
     forget(counted)
@@ -138,8 +141,12 @@ def test_what_changes_the_values_makes_new_entries(train, tiny_sd, tmp_path, pho
     assert (len(counted["latents"]), len(counted["captions"])) == new
 
 
-@pytest.mark.parametrize("kind", ["latents", "text_embeddings"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "another entry", "no tensors"])
+KINDS = ("latents", "text_embeddings")
+DAMAGES = ("truncated", "empty", "one bit", "another entry", "no tensors")
+FAST = (("one bit", "latents"), ("another entry", "text_embeddings"), ("no tensors", "latents"))
+
+
+@pytest.mark.parametrize("damage, kind", slow_but(FAST, itertools.product(DAMAGES, KINDS)))
 def test_a_damaged_or_foreign_entry_is_made_anew(train, tmp_path, counted, kind, damage):
     flags = (*FLAGS, "--latent_cache_dir", tmp_path / "cache", "--lpl_weight", 0)
     clean = train(*flags, steps=2, name="first")

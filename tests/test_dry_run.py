@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
+from marks import slow_but
 from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -142,7 +143,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+FAST = ("SD, average, batch 3, whole graph", "SDXL LoRA, caches")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, RUNS))
 def test_it_counts_what_a_real_run_does(run, count_real_run, name):
     model, flags, on_device = RUNS[name]
     flags = flags if "--lpl_weight" in flags else (*WIDE_GATE, *flags)
@@ -233,8 +237,9 @@ def test_expected_decoded_is_what_is_decoded_on_average(max_samples):
     assert decoded.mean().item() == pytest.approx(expected_decoded(3, share, max_samples), abs=error.item())
 
 
-def test_shares_and_flops_of_a_narrow_gate(run, models):
-    flags = ("--lpl_weight", 1, "--lpl_max_samples", 1, "--gradient_accumulation_steps", 2, *SHORT)
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shares_and_flops_of_a_narrow_gate(run, models, accumulation):
+    flags = ("--lpl_weight", 1, "--lpl_max_samples", 1, "--gradient_accumulation_steps", accumulation, *SHORT)
     flags += ("--timestep_bias_strategy", "later", "--timestep_bias_multiplier", 3, "--timestep_bias_portion", 0.25)
     narrow = run(*flags, "--lpl_sigma_threshold", 24)
 
@@ -244,7 +249,7 @@ def test_shares_and_flops_of_a_narrow_gate(run, models):
     share = (drawn[passing].sum() / drawn.sum()).item()
     assert 750 < passing.sum() < 1000 and share < passing.float().mean()
     assert narrow["lpl_samples"] == pytest.approx(share)
-    assert narrow["lpl_steps"] == pytest.approx(1 - (1 - share) ** 4)
+    assert narrow["lpl_steps"] == pytest.approx(1 - (1 - share) ** (2 * accumulation))
 
     # Of each batch of 2, one sample is decoded if one passes.
     wide = run(*flags, "--lpl_sigma_threshold", 80)
@@ -266,22 +271,26 @@ def test_zero_terminal_snr_and_a_gate_that_nothing_passes(run, capsys):
 # What it needs and leaves
 
 
-def test_it_needs_no_weights_and_writes_nothing(run, models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", slow_but(["SD"], ["SD", "SDXL"]))
+def test_it_needs_no_weights_and_writes_nothing(run, models, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
-    copy = shutil.copytree(models["SDXL"], tmp_path / "copy")
+    copy = shutil.copytree(models[model], tmp_path / "copy")
     for weights in copy.rglob("*.safetensors"):
         weights.unlink()
     flags = ("--use_lora", "--cache_latents", "--center_crop", "--use_ema", "--report_to", "tensorboard", *SHORT)
     before = sorted(tmp_path.rglob("*"))
     without = run(*flags, model=copy)
     assert sorted(tmp_path.rglob("*")) == before
-    assert without == {**run(*flags, model="SDXL"), "blocks": []}
+    assert without == {**run(*flags, model=model), "blocks": []}
 
 
-def test_fp16_costs_what_bf16_does_if_the_vae_does(run):
+@pytest.mark.parametrize(
+    "flags", [("--lpl_weight", 0, "--dry_run"), pytest.param(SHORT, marks=pytest.mark.slow)], ids=["l2", "LPL"]
+)
+def test_fp16_costs_what_bf16_does_if_the_vae_does(run, flags):
     # But for AdamW: of all the weights, unfused, it would take more. By default, the VAE of fp16 is in float32.
     def count(precision, vae="auto"):
-        return run("--use_lora", "--mixed_precision", precision, "--vae_dtype", vae, *SHORT)
+        return run("--use_lora", "--mixed_precision", precision, "--vae_dtype", vae, *flags)
 
     fp16, bf16 = count("fp16"), count("bf16")
     assert bf16 == count("fp16", "bf16")

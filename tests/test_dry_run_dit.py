@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 from dry_runs import PIPELINES, ROOT, count, readme_commands, trained_pipeline, write_model
+from marks import slow_but
 from tiny_models import build_tiny_vae
 from tiny_transformers import build_tiny_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -173,12 +174,7 @@ RUNS = {
 }
 
 
-def slow_but(fast, names):
-    """The names as parameters, marked as slow if they are not among those that say most."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", slow_but(["SD3 LoRA", "DiT, all weights", "Qwen-Image, all weights"], RUNS))
+@pytest.mark.parametrize("name", slow_but(["DiT, all weights", "Z-Image LoRA"], RUNS))
 def test_it_counts_what_a_real_run_does(run, count_real_run, name):
     family, flags, on_device = RUNS[name]
     counted = run(family, *flags, "--dry_run")

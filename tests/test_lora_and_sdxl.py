@@ -1,5 +1,6 @@
 """train_lpl_sd.py with LoRA, SDXL, caches and compiled models, as its users run it, on tiny models."""
 
+import itertools
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import read_log
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from marks import slow_but
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_vae, photo_id
@@ -22,14 +24,17 @@ from model_families import StableDiffusion
 
 
 WIDE_GATE = ("--lpl_sigma_threshold", 80)
+GIVEN = (*WIDE_GATE, "--lpl_weight", 0.3)  # nothing is measured
 LORA = ("--use_lora", "--rank", 2, "--lora_alpha", 8, "--learning_rate", 0.05)
 TEXT = (*LORA, "--train_text_encoder", "--lora_layers", "to_q, to_v, ff.net.2, proj_in, conv1, time_emb_proj")
 DRAW = ("--validation_prompt", "a red fox", "--num_validation_images", 1, "--validation_steps", 2)
 DRAW += ("--validation_inference_steps", 5)
 CACHES = ("--cache_latents", "--center_crop", "--cache_text_embeddings")
+MODELS = ("SD", "SDXL")
+KINDS = {"full": ("--learning_rate", 1e-3), "LoRA": LORA, "LoRA with text": TEXT}
 
 
-@pytest.fixture(params=["SD", "SDXL"])
+@pytest.fixture(params=MODELS)
 def model(request, tiny_sd, tiny_sdxl):
     return {"SD": tiny_sd, "SDXL": tiny_sdxl}[request.param]
 
@@ -56,13 +61,16 @@ def same(first, second):
 # Train, save, reload in the stock pipeline, sample
 
 
-@pytest.mark.parametrize("kind", [("--learning_rate", 1e-3), LORA, TEXT], ids=["full", "LoRA", "LoRA with text"])
+DRAWN = (("SD", "full"), ("SDXL", "LoRA with text"))
+
+
+@pytest.mark.parametrize("model, kind", slow_but(DRAWN, itertools.product(MODELS, KINDS)), indirect=["model"])
 def test_what_the_stock_pipeline_draws_is_what_was_trained(train, model, kind):
-    output = train(*kind, *DRAW, *WIDE_GATE, model=model, steps=2)
+    output = train(*KINDS[kind], *DRAW, *WIDE_GATE, model=model, steps=2)
     in_training = pixels(Image.open(output / "samples" / "step-000002.png"))
     base = DiffusionPipeline.from_pretrained(model)
     assert np.abs(draw(base) - in_training).max() > 8
-    if "--use_lora" in kind:
+    if "--use_lora" in KINDS[kind]:
         base.load_lora_weights(output)
         reloaded = base
         assert not (output / "unet").exists()
@@ -77,7 +85,7 @@ def test_what_the_stock_pipeline_draws_is_what_was_trained(train, model, kind):
 
 
 def test_every_text_encoder_learns(train, model):
-    output = train(*TEXT, *WIDE_GATE, model=model, steps=1)
+    output = train(*TEXT, *GIVEN, model=model, steps=1)
     encoders = {key.split(".")[0] for key in weights(output)} - {"unet"}
     assert encoders == {path.name for path in model.glob("text_encoder*")}
     ups = {key: value.any() for key, value in weights(output).items() if "lora_B" in key}  # they start at zero
@@ -86,11 +94,12 @@ def test_every_text_encoder_learns(train, model):
     assert all(".text_model.encoder.layers." in key for key in weights(output) if key.startswith("text_encoder"))
 
 
+@pytest.mark.parametrize("model", slow_but(["SD"], MODELS), indirect=True)
 def test_with_the_adapter_off_the_lora_is_the_base(train, model, monkeypatch):
     families = []
     finish = train_lpl_sd.finish
     monkeypatch.setattr(train_lpl_sd, "finish", lambda *a: families.append(a[2]) or finish(*a))
-    output = train(*TEXT, "--use_dora", *WIDE_GATE, model=model, steps=2)
+    output = train(*TEXT, "--use_dora", *GIVEN, model=model, steps=2)
     loaded = DiffusionPipeline.from_pretrained(model)
     loaded.load_lora_weights(output)
     loaded.disable_lora()
@@ -106,7 +115,7 @@ def test_with_the_adapter_off_the_lora_is_the_base(train, model, monkeypatch):
 
 
 def test_rank_alpha_and_layers_are_saved_with_the_weights(train, tiny_sdxl):
-    output = train(*TEXT, "--lora_layers", "to_q, ff.net.2", model=tiny_sdxl, steps=1)
+    output = train(*TEXT, "--lora_layers", "to_q, ff.net.2", "--lpl_weight", 0, model=tiny_sdxl, steps=1)
     state, _, metadata = StableDiffusionXLPipeline.lora_state_dict(output, return_lora_metadata=True)
     modules = {key.split(".lora_")[0].split("transformer_blocks.0.")[1] for key in state if key.startswith("unet")}
     assert modules == {"attn1.to_q", "attn2.to_q", "ff.net.2"}
@@ -119,25 +128,41 @@ def test_layers_that_are_not_there_are_refused(train):
         train("--use_lora", "--lora_layers", "to_z")
 
 
-@pytest.mark.parametrize("kind", [LORA, TEXT], ids=["UNet", "with text"])
+HALF = (("SD", "LoRA"), ("SDXL", "LoRA with text"))
+
+
+@pytest.mark.parametrize("model, kind", slow_but(HALF, itertools.product(MODELS, list(KINDS)[1:])), indirect=["model"])
 def test_half_precision_bases_train_float32_adapters(train, model, kind):
-    output = train(*kind, "--mixed_precision", "bf16", *WIDE_GATE, *DRAW, model=model, steps=2)
+    output = train(*KINDS[kind], "--mixed_precision", "bf16", *GIVEN, *DRAW, model=model, steps=2)
     assert {value.dtype for value in weights(output).values()} == {torch.float32}
     pipe = DiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(output)
     assert np.abs(draw(pipe) - pixels(Image.open(output / "samples" / "step-000002.png"))).mean() < 8
 
 
-@pytest.mark.parametrize("precisions", [("bf16", "fp32"), ("no", "bf16")])
-@pytest.mark.parametrize("kind", [(), LORA], ids=["full", "LoRA"])
+PRECISIONS = (("bf16", "fp32"), ("no", "bf16"))  # of the training, of the VAE
+PRECISE = (("SD", "LoRA", PRECISIONS[0]), ("SDXL", "full", PRECISIONS[1]))
+
+
+@pytest.mark.parametrize(
+    "model, kind, precisions",
+    slow_but(PRECISE, itertools.product(MODELS, ("full", "LoRA"), PRECISIONS)),
+    indirect=["model"],
+)
 def test_the_vae_may_have_a_precision_of_its_own(train, model, kind, precisions):
     precision, vae = precisions
-    output = train(*kind, "--mixed_precision", precision, "--vae_dtype", vae, *WIDE_GATE, *DRAW, model=model, steps=2)
+    output = train(
+        *KINDS[kind], "--mixed_precision", precision, "--vae_dtype", vae, *GIVEN, *DRAW, model=model, steps=2
+    )
     drawn, final = (pixels(Image.open(output / "samples" / f"{name}.png")) for name in ("step-000002", "final"))
     assert np.abs(drawn - final).mean() < 8
 
 
-@pytest.mark.parametrize("extra", [("--train_text_encoder", "--gradient_checkpointing"), ("--use_dora",)])
+EXTRA = (("--train_text_encoder", "--gradient_checkpointing"), ("--use_dora",))
+RESUMED = (("SD", EXTRA[0]), ("SDXL", EXTRA[1]))
+
+
+@pytest.mark.parametrize("model, extra", slow_but(RESUMED, itertools.product(MODELS, EXTRA)), indirect=["model"])
 def test_a_resumed_lora_run_is_bitwise_the_uninterrupted_one(train, model, extra):
     flags = (*LORA, *extra, "--lora_dropout", 0.3, "--use_ema", "--ema_decay", 0.9, "--random_flip", *WIDE_GATE)
     flags += ("--checkpointing_steps", 3, "--proportion_empty_prompts", 0.3)
@@ -158,6 +183,7 @@ def test_a_checkpoint_of_another_rank_is_refused(train):
         train("--use_lora", "--rank", 3, "--lpl_weight", 0, "--resume_from_checkpoint", "latest")
 
 
+@pytest.mark.slow  # one of test_train_lpl_sd.py is not
 def test_two_processes_train_adapters_of_both_text_encoders_as_one_does(train, train_on_two_processes, tiny_sdxl):
     flags = (*TEXT, *WIDE_GATE, "--lpl_weight", 0.1, "--learning_rate", 1e-3, *CACHES[:2])
     one = train(*flags, "--train_batch_size", 4, model=tiny_sdxl, steps=2, name="one")
@@ -210,7 +236,12 @@ def test_biased_timesteps_come_as_often_as_asked_for(tiny_sd, photos, tmp_path, 
 # Caches
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+CACHED = (("SD", "bf16"), ("SDXL", "no"))
+
+
+@pytest.mark.parametrize(
+    "model, precision", slow_but(CACHED, itertools.product(MODELS, ("no", "bf16"))), indirect=["model"]
+)
 def test_caches_change_nothing_but_the_work(train, model, monkeypatch, precision):
     flags = ("--center_crop", "--random_flip", "--proportion_empty_prompts", 0.3, "--mixed_precision", precision)
     flags += (*WIDE_GATE, "--lpl_weight", 0.1, "--max_train_steps", 7)
@@ -314,7 +345,7 @@ def test_a_compiled_unet_trains_and_saves_like_a_plain_one(train, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_decoder_blocks_give_the_same_loss_and_gradient(recompute):
     graphs = []
 
@@ -360,7 +391,7 @@ def test_epochs_between_drawings_are_steps_of_the_data(train):
 
 def test_lora_with_a_new_schedule_says_so(train, tmp_path):
     model = build_tiny_sd(tmp_path / "model", prediction_type="v_prediction")
-    output = train(*LORA, "--rescale_betas_zero_snr", *WIDE_GATE, model=model, steps=1)
+    output = train(*LORA, "--rescale_betas_zero_snr", *GIVEN, model=model, steps=1)
     config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
     assert config["rescale_betas_zero_snr"] and config["timestep_spacing"] == "trailing"
     pipe = StableDiffusionPipeline.from_pretrained(model, scheduler=None)

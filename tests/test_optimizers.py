@@ -1,11 +1,13 @@
 """The optimizers of the flags: what they keep in memory, that they train and resume, and that their flags arrive."""
 
+import itertools
 import math
 import shutil
 
 import pytest
 import torch
 from conftest import read_log
+from marks import slow_but
 from safetensors.torch import load_file
 from tiny_models import build_tiny_sd
 
@@ -87,21 +89,25 @@ def test_it_trains(train, tiny_sd, name, kind):
         assert moved == len(before)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])  # which test_train_lpl_sd.py has
-@pytest.mark.parametrize("kind", [(), ("--use_lora",)], ids=["full", "LoRA"])
+KINDS = {"full": (), "LoRA": ("--use_lora",)}
+OTHERS = [name for name in OPTIMIZERS if name != "adamw"]  # which test_train_lpl_sd.py has
+RESUMED = (("8-bit adamw", "full"), ("prodigy", "LoRA"), ("adafactor", "full"))
+
+
+@pytest.mark.parametrize("name, kind", slow_but(RESUMED, itertools.product(OTHERS, KINDS)))
 def test_resumed_run_is_bitwise_the_uninterrupted_one(train, wide_sd, monkeypatch, name, kind):
     made, finish = [], train_lpl_sd.finish
     keep = lambda *args: made.append(states(args[-1])) or finish(*args)  # noqa: E731
     monkeypatch.setattr(train_lpl_sd, "finish", keep)  # which clears the state
-    flags = ("--lpl_weight", 0, "--checkpointing_steps", 3, *OPTIMIZERS[name], *kind)
+    flags = ("--lpl_weight", 0, "--checkpointing_steps", 3, *OPTIMIZERS[name], *KINDS[kind])
     whole = train(*flags, model=wide_sd, steps=6, name="whole")
     resumed = whole.with_name("resumed")
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     train(*flags, "--resume_from_checkpoint", "latest", model=wide_sd, steps=6, name="resumed")
 
-    if name == "8-bit adamw" and not kind:
+    if (name, kind) == ("8-bit adamw", "full"):
         assert all(any(t.dtype == torch.uint8 for _, t in kept) for kept in made)
-    file = "pytorch_lora_weights.safetensors" if kind else "unet/diffusion_pytorch_model.safetensors"
+    file = "pytorch_lora_weights.safetensors" if kind == "LoRA" else "unet/diffusion_pytorch_model.safetensors"
     first, second = load_file(whole / file), load_file(resumed / file)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -127,10 +127,11 @@ def test_the_loss_is_that_of_both_and_lpl_sees_one_s_own_images_alone(
 
 
 def test_the_dry_run_draws_nothing(train, tiny_sd, flags, tmp_path):
-    train(*flags, "--dry_run", model=tiny_sd, data=())
+    train(*flags, "--lpl_weight", 0, "--dry_run", model=tiny_sd, data=())
     assert not (tmp_path / "class").exists()
 
 
+@pytest.mark.slow
 def test_both_processes_draw(train_on_two_processes, tiny_sd, flags, folder, tmp_path):
     train_on_two_processes(*flags[2:], *LPL, "--use_lora", model=tiny_sd, steps=2, data=folder)
     numbers = sorted(int(path.name.split("-")[0]) for path in (tmp_path / "class").glob("*.png"))

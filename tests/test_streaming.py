@@ -229,7 +229,7 @@ def test_a_resumed_run_goes_on_exactly(open_stream, num_workers):
         assert_same_batches(straight[done : done + 4], rest)
 
 
-@pytest.mark.parametrize("world_size", [2, 5])
+@pytest.mark.parametrize("world_size", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_rank_goes_on_exactly(open_stream, world_size):
     for rank in range(world_size):
         straight = take(build_dataloader(open_stream(), 3, rank, world_size), 16)

@@ -23,6 +23,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from marks import slow_but
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -102,8 +103,10 @@ def drawn(output, name="step-000003"):
 # Train, save, reload in the stock pipeline, sample
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+DRAWN = (("DiT", "full"), ("StableDiffusion3", "LoRA"), ("PixArtSigma", "LoRA"), ("Flux", "full"))
+
+
+@pytest.mark.parametrize("family, kind", slow_but(DRAWN, itertools.product(FAMILIES, KINDS)))
 def test_what_the_stock_pipeline_draws_is_what_was_trained(train_dit, model_of, data_of, family, kind):
     model, prompt = model_of(family), "volcano" if family in ON_LABELS else "a red fox"
     flags = (*KINDS[kind], *LPL, *DRAW, "--validation_prompt", prompt)
@@ -166,8 +169,11 @@ def copy_of(parameters):
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
+LEARNED = (("StableDiffusion3", "full"), ("ClassConditional", "full"), ("PixArtAlpha", "LoRA"))
+
+
 @pytest.mark.parametrize(
-    "family, kind", [*itertools.product(FAMILIES, KINDS), ("PixArtAlpha for 1024 pixels", "full")]
+    "family, kind", slow_but(LEARNED, [*itertools.product(FAMILIES, KINDS), ("PixArtAlpha for 1024 pixels", "full")])
 )
 def test_on_a_fixed_batch_both_losses_fall_and_all_weights_learn(model_of, data_of, tmp_path, family, kind):
     if family in FAMILIES:
@@ -198,7 +204,7 @@ def test_on_a_fixed_batch_both_losses_fall_and_all_weights_learn(model_of, data_
     assert (np.array(losses[-1]) < 0.92 * np.array(losses[0])).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("DiT", "Lumina2"), FAMILIES))
 def test_a_new_transformer_starts_at_zero_and_soon_learns_everywhere(model_of, data_of, tmp_path, family):
     config = model_of(family) / "transformer" / "config.json"
     flags = ("--lpl_weight", 0, "--transformer_config", config)
@@ -313,10 +319,11 @@ def weights(folder):
     return {(path.relative_to(folder), key): value for path in paths for key, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize(
-    "family, kind",
-    [("DiT", "full"), ("QwenImage", "full"), ("Flux", "LoRA"), ("PixArtSigma", "LoRA"), ("QwenImage", "LoRA")],
-)
+RESUMED = (("DiT", "full"), ("PixArtSigma", "LoRA"))
+RESUMED_LATER = (("QwenImage", "full"), ("Flux", "LoRA"), ("QwenImage", "LoRA"))
+
+
+@pytest.mark.parametrize("family, kind", slow_but(RESUMED, RESUMED + RESUMED_LATER))
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(train_dit, model_of, data_of, family, kind):
     flags = (*KINDS[kind], *LPL, "--use_ema", "--ema_decay", 0.5, "--random_flip", "--checkpointing_steps", 3)
     flags += ("--proportion_empty_prompts", 0.3, *(("--lora_dropout", 0.3) if kind == "LoRA" else ()))
@@ -337,14 +344,14 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(train_dit, model_of, dat
 # Several processes
 
 
+@pytest.mark.slow  # one of test_train_lpl_sd.py is not
 @pytest.mark.parametrize(
     "family, kind",
     [
         ("StableDiffusion3", "full"),
-        *(
-            pytest.param(family, kind, marks=pytest.mark.slow)
-            for family, kind in (("DiT", "LoRA"), *((family, "full") for family in LATER), ("HunyuanDiT", "LoRA"))
-        ),
+        ("DiT", "LoRA"),
+        *((family, "full") for family in LATER),
+        ("HunyuanDiT", "LoRA"),
     ],
 )
 def test_two_processes_train_as_one_does(train_dit, train_on_two_processes, model_of, data_of, family, kind):
@@ -360,9 +367,10 @@ def test_two_processes_train_as_one_does(train_dit, train_on_two_processes, mode
 # Memory
 
 
-@pytest.mark.parametrize(
-    "family", ["StableDiffusion3", "PixArtSigma", "Sana", "Flux", "Flux2Klein", "QwenImage", "ZImage", "HunyuanDiT"]
-)
+CACHED = ("StableDiffusion3", "PixArtSigma", "Sana", "Flux", "Flux2Klein", "QwenImage", "ZImage", "HunyuanDiT")
+
+
+@pytest.mark.parametrize("family", slow_but(("PixArtSigma", "HunyuanDiT"), CACHED))
 def test_caches_change_nothing_but_the_work(train_dit, model_of, monkeypatch, family):
     flags = (*LPL, "--center_crop", "--proportion_empty_prompts", 0.3, "--learning_rate", 1e-4)
     pipe = open_pipeline(model_of(family))
@@ -417,8 +425,8 @@ def vae_folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "config, prediction_type, extra",
     [
-        ("mmdit-tiny", "epsilon", ()),
-        ("mmdit-tiny", "v_prediction", ("--rescale_betas_zero_snr",)),
+        pytest.param("mmdit-tiny", "epsilon", (), marks=pytest.mark.slow),
+        pytest.param("mmdit-tiny", "v_prediction", ("--rescale_betas_zero_snr",), marks=pytest.mark.slow),
         ("mmdit-tiny", "flow_prediction", ()),
         ("dit-tiny", "epsilon", ()),
     ],

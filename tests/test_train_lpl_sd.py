@@ -1,5 +1,6 @@
 """train_lpl_sd.py as its users run it, on tiny models."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from conftest import read_log
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
+from marks import slow_but
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import build_tiny_sd, build_tiny_vae
@@ -24,6 +26,8 @@ from train_utils import sample_generators
 
 ROOT = Path(train_lpl_sd.__file__).parent
 WIDE_GATE = ("--lpl_sigma_threshold", 80)  # tau 20 at 64 pixels: every timestep of SD's schedule
+GIVEN = (*WIDE_GATE, "--lpl_weight", 0.3)  # nothing is measured
+FEW = ("--num_validation_images", 1, "--validation_inference_steps", 2)  # where what is drawn is not the point
 
 
 def unet_weights(output, part="unet"):
@@ -103,7 +107,7 @@ def test_with_lpl_it_is_the_plain_loop_with_lpl(train, tiny_sd, photos):
     assert difference < 0.02 * moved  # Adam turns rounding errors of tiny gradients into visible ones
 
 
-@pytest.mark.parametrize("weighting", ["inverse", "balanced"])
+@pytest.mark.parametrize("weighting", ["inverse", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_auto_reaches_its_share_and_leaves_everything_else_alone(train, weighting):
     flags = (*WIDE_GATE, "--lpl_weighting", weighting, "--checkpointing_steps", 4)
     auto = train(*flags, "--lpl_target_share", 0.3, "--learning_rate", 0, "--max_train_steps", 16, name="still")
@@ -132,11 +136,14 @@ def test_lpl_falls_on_a_fixed_batch(train, monkeypatch):
     assert log[-1]["lpl"] < 0.7 * log[0]["lpl"]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("scheduler", ["DDIM", "PNDM"])
+PREDICTED = (("PNDM", "epsilon"), ("DDIM", "v_prediction"), ("PNDM", "sample"))
+PREDICTED_BY_THE_OTHER = (("DDIM", "epsilon"), ("PNDM", "v_prediction"), ("DDIM", "sample"))
+
+
+@pytest.mark.parametrize("scheduler, prediction_type", slow_but(PREDICTED, PREDICTED + PREDICTED_BY_THE_OTHER))
 def test_prediction_types_train_and_are_saved(train, tmp_path, prediction_type, scheduler):
     model = build_tiny_sd(tmp_path / "model", scheduler=scheduler)
-    output = train("--prediction_type", prediction_type, *WIDE_GATE, model=model, steps=2)
+    output = train("--prediction_type", prediction_type, *GIVEN, model=model, steps=2)
     config = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
     assert config["prediction_type"] == prediction_type
     sample(output)
@@ -144,7 +151,7 @@ def test_prediction_types_train_and_are_saved(train, tmp_path, prediction_type, 
 
 def test_zero_terminal_snr_is_trained_and_saved(train, tmp_path, caplog):
     model = build_tiny_sd(tmp_path / "model", scheduler="PNDM", prediction_type="v_prediction")
-    output = train("--rescale_betas_zero_snr", "--snr_gamma", 5, *WIDE_GATE, model=model, steps=2)
+    output = train("--rescale_betas_zero_snr", "--snr_gamma", 5, *GIVEN, model=model, steps=2)
     assert sum("--snr_gamma gives the last timestep weight 0" in record.message for record in caplog.records) == 1
     scheduler = StableDiffusionPipeline.from_pretrained(output).scheduler
     assert scheduler.config.timestep_spacing == "trailing"
@@ -153,17 +160,20 @@ def test_zero_terminal_snr_is_trained_and_saved(train, tmp_path, caplog):
     sample(output)
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AsymmetricAutoencoderKL"])
-@pytest.mark.parametrize("given", [False, True], ids=["in the pipeline", "by flag"])
+VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL")
+PLACES = ("in the pipeline", "by flag")
+
+
+@pytest.mark.parametrize("kind, given", slow_but([*zip(VAES, PLACES)], itertools.product(VAES, PLACES)))
 def test_every_vae_trains_saves_reloads_samples(train, tmp_path, kind, given):
     vae = build_tiny_vae(kind, seed=1)
     flags, model = (), None
-    if given:
+    if given == "by flag":
         vae.save_pretrained(tmp_path / "vae")
         flags, model = ("--pretrained_vae_model_name_or_path", tmp_path / "vae"), build_tiny_sd(tmp_path / "model")
     else:
         model = build_tiny_sd(tmp_path / "model", vae=vae)
-    output = train(*flags, *WIDE_GATE, "--gradient_checkpointing", model=model, steps=3)
+    output = train(*flags, *GIVEN, "--gradient_checkpointing", model=model, steps=3)
     assert type(StableDiffusionPipeline.from_pretrained(output).vae).__name__ == kind
     saved = load_file(output / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in vae.state_dict().items())
@@ -172,14 +182,15 @@ def test_every_vae_trains_saves_reloads_samples(train, tmp_path, kind, given):
 
 
 def test_bf16_trains_float32_weights_and_saves_the_frozen_models_unchanged(train, tiny_sd):
-    output = train("--mixed_precision", "bf16", *WIDE_GATE, "--use_ema", "--validation_prompts", "fox")
+    output = train("--mixed_precision", "bf16", *GIVEN, "--use_ema", "--validation_prompts", "fox", *FEW)
     assert {value.dtype for value in unet_weights(output).values()} == {torch.float32}
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
         before, after = (load_file(folder / f"{part}.safetensors") for folder in (tiny_sd, output))
         assert_same_weights(before, after)
 
 
-def test_a_gate_that_nothing_passes_is_refused(train):
+def test_a_gate_that_nothing_passes_is_refused(train, monkeypatch):
+    monkeypatch.setattr("objectives.MOST_CALIBRATION_BATCHES", 24)  # more than there are by default
     with pytest.raises(UserError, match="no sample passed the gate.*--lpl_sigma_threshold"):
         train("--lpl_sigma_threshold", 0.001)
 
@@ -201,7 +212,7 @@ def test_fp16_on_a_cpu_is_refused(train):
 def test_half_precision_files_give_a_pipeline_that_samples(train, tiny_sd, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "model", variant="fp16")
-    output = train("--variant", "fp16", model=tmp_path / "model", steps=1)
+    output = train("--variant", "fp16", *GIVEN, model=tmp_path / "model", steps=1)
     sample(output)
     original = load_file(tmp_path / "model" / "text_encoder" / "model.fp16.safetensors")
     saved = load_file(output / "text_encoder" / "model.safetensors")
@@ -209,7 +220,7 @@ def test_half_precision_files_give_a_pipeline_that_samples(train, tiny_sd, tmp_p
 
 
 def test_lpl_starts_at_its_step(train):
-    log = read_log(train("--lpl_start_step", 2, *WIDE_GATE))
+    log = read_log(train("--lpl_start_step", 2, *GIVEN))
     assert ["lpl" in row for row in log] == [False, False, True, True]
 
 
@@ -235,8 +246,9 @@ def test_max_samples_bounds_what_is_decoded(train, monkeypatch):
 
 
 def test_saved_weights_are_the_average_and_validation_changes_nothing(train):
-    flags = ("--use_ema", "--ema_decay", 0.5, "--checkpointing_steps", 1, *WIDE_GATE)
-    drawn = train(*flags, "--validation_prompts", "a fox", "a boat", "--validation_steps", 2, name="drawn")
+    flags = ("--use_ema", "--ema_decay", 0.5, "--checkpointing_steps", 1, *GIVEN)
+    prompts = ("--validation_prompts", "a fox", "a boat", "--validation_inference_steps", 5)
+    drawn = train(*flags, *prompts, "--validation_steps", 2, name="drawn")
     plain = train(*flags, name="plain")
     assert_same_weights(unet_weights(drawn), unet_weights(plain))
     assert_same_weights(unet_weights(drawn), unet_weights(drawn / "checkpoint-4", "unet_ema"))
@@ -255,7 +267,7 @@ def test_saved_weights_are_the_average_and_validation_changes_nothing(train):
     # Drawn with the average: the first image of the grid is what the saved pipeline draws with the same seed.
     pipe = StableDiffusionPipeline.from_pretrained(drawn)
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
-    images = pipe(["a fox"] * 4, height=64, width=64, num_inference_steps=25, generator=generators).images
+    images = pipe(["a fox"] * 4, height=64, width=64, num_inference_steps=5, generator=generators).images
     difference = np.abs(np.asarray(grid.crop((0, 0, 64, 64)), int) - np.asarray(images[0], int))
     assert difference.max() <= 1
 
@@ -263,7 +275,7 @@ def test_saved_weights_are_the_average_and_validation_changes_nothing(train):
 def test_default_ema_decay_depends_on_lpl(train, monkeypatch):
     decays = []
     monkeypatch.setattr(train_lpl_sd, "make_ema", lambda *_, default_decay: decays.append(default_decay) or None)
-    train("--use_ema", steps=1, name="with")
+    train("--use_ema", *GIVEN, steps=1, name="with")
     train("--use_ema", "--lpl_weight", 0, steps=1, name="without")
     assert decays == [0.99975, 0.9999]
 
@@ -278,8 +290,8 @@ def test_schedule_counts_optimizer_steps(train):
 def test_tensorboard_gets_scalars_and_images(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = ("--report_to", "tensorboard", "--validation_prompts", "fox", "--validation_steps", 2, *WIDE_GATE)
-    output = train(*flags, "--num_validation_images", 1)
+    flags = ("--report_to", "tensorboard", "--validation_prompts", "fox", "--validation_steps", 2, *GIVEN)
+    output = train(*flags, *FEW)
     (folder,) = (output / "logs").iterdir()
     events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0}).Reload()
     logged = [row["lpl_share"] for row in read_log(output)]
@@ -301,7 +313,8 @@ def sd_with_dropout(tiny_sd, tmp_path):
 
 def test_a_seed_repeats_a_run_with_dropout_whatever_is_drawn_or_measured_in_between(train, sd_with_dropout):
     flags = ("--lpl_start_step", 2, *WIDE_GATE, "--checkpointing_steps", 4)
-    auto = train(*flags, "--validation_prompts", "fox", "--validation_steps", 1, model=sd_with_dropout, name="auto")
+    prompt = ("--validation_prompts", "fox", "--validation_steps", 1, *FEW)
+    auto = train(*flags, *prompt, model=sd_with_dropout, name="auto")
     weight = json.loads((auto / "checkpoint-4" / "training_state.json").read_text())["lpl"]["weight"]
     torch.rand(7)  # something else has used the global generator
     given = train(*flags, "--lpl_weight", repr(weight), model=sd_with_dropout, name="given")
@@ -352,8 +365,11 @@ def test_a_damaged_checkpoint_is_named(train, name):
         train(*flags, "--resume_from_checkpoint", "latest")
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "training_state.json"])
-@pytest.mark.parametrize("cut", [True, False])
+INCOMPLETE = ("optimizer.bin", "random_states_0.pkl", "training_state.json")
+FIRST = (("optimizer.bin", True), ("training_state.json", False))
+
+
+@pytest.mark.parametrize("name, cut", slow_but(FIRST, itertools.product(INCOMPLETE, (True, False))))
 def test_an_incomplete_checkpoint_is_passed_over_by_latest_and_refused_by_name(train, name, cut, capsys):
     flags = ("--checkpointing_steps", 1, "--lpl_weight", 0)
     output = train(*flags, steps=2)
