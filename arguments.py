@@ -31,7 +31,8 @@ class NotUploaded(UserError):
     exit_status = 3
 
 
-LAST_WORK = []  # functions to call before the process ends, however training ended
+# Functions to call before the process ends, however training ended; they return whether threads are still at work.
+LAST_WORK = []
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -65,21 +66,20 @@ def run(main, args, resumable=False):
     """
     if resumable:
         interruption.install()
-    one_of_several = "RANK" in os.environ
+    at_once = "RANK" in os.environ  # libraries' threads of several processes now and then wait for each other
     try:
         error = complaint(main, args, resumable)
         if error is not None:
             print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         status = 0 if error is None else error.exit_status
     except Exception:
-        if not one_of_several:
+        if not at_once:
             raise
         traceback.print_exc()
         status = 1
     finally:
-        for work in LAST_WORK:
-            work()
-    if one_of_several:  # whose libraries' threads now and then wait for each other on their way out
+        at_once |= any([work() for work in LAST_WORK])
+    if at_once:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -752,8 +752,9 @@ def check_output_dir(args):
         wanted = "latest"
     checkpoints = complete_checkpoints(output)
     damaged = [(folder, reason) for folder in all_checkpoints(output)[::-1] if (reason := damage(folder))]
-    results = "model_index.json pytorch_lora_weights.safetensors adapter_model.safetensors unet transformer".split()
-    finished = any((output / name).exists() for name in results)
+    results = "model_index.json pytorch_lora_weights.safetensors adapter_model.safetensors".split()
+    results += [f"{part}/diffusion_pytorch_model*.safetensors" for part in ("unet", "transformer")]
+    finished = any(path for name in results for path in output.glob(name))
     if wanted is None and (checkpoints or damaged):
         raise UserError(
             f"--output_dir {output} holds another run: choose another folder, or continue it with "

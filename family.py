@@ -58,6 +58,7 @@ transformers.utils.logging.disable_progress_bar()
 LORA_FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 VARIANTS = {"fp32": None, "fp16": "fp16", "bf16": "bf16"}  # precision of files -> their variant
 NON_EMA = "non_ema"  # variant of the weights beside their average, as Stable Diffusion's repositories have it
+NON_EMA_LORA = LORA_FILE.replace(".", f"_{NON_EMA}.")
 
 
 class Family:
@@ -365,7 +366,13 @@ class Family:
         """How to load the result."""
         if self.args.use_lora and not self.stock_lora:
             return "PeftModel.from_pretrained(pipe.transformer, ...)"
-        return f"{self.pipeline_class.__name__}.{'load_lora_weights' if self.args.use_lora else 'from_pretrained'}"
+        if self.args.use_lora:
+            return f"{self.pipeline_class.__name__}.load_lora_weights"
+        variant = VARIANTS[self.args.save_dtype[0]]
+        words = [f'subfolder="{self.denoiser_name}"'] if self.args.save_only_trained else []
+        words += [f'variant="{variant}"'] if variant else []
+        loaded = self.denoiser_class if self.args.save_only_trained else self.pipeline_class
+        return f"{loaded.__name__}.from_pretrained" + (f"(..., {', '.join(words)})" if words else "")
 
     def save_weights(self, folder):
         """What a checkpoint needs: the denoiser's folder, or LoRA weights (see `save_lora`)."""
@@ -411,35 +418,47 @@ class Family:
             if missing or wrong.unexpected_keys:
                 raise ValueError(f"its LoRA is another one: {(missing or wrong.unexpected_keys)[0]}")
 
-    def save_result(self, folder):
+    def save_result(self, folder, raw=None):
         """LoRA weights, or a stock pipeline: the new denoiser, a scheduler that says how it was trained, the rest.
 
-        In every precision of --save_dtype.
+        In every precision of --save_dtype. raw: weights that are not the average, to be saved besides, name -> tensor.
         """
-        base = self.args.pretrained_model_name_or_path
-        local = base is not None and is_folder_name(base)  # no paths of this machine in what may be shared
-        name = Path(base).resolve().name if local else base
+        args, name = self.args, self.args.pretrained_model_name_or_path
+        local = name is not None and is_folder_name(name)  # no paths of this machine in what may be shared
+        name = Path(name).resolve().name if local else name
         if local:
             self.denoiser.register_to_config(_name_or_path=name)
         for config in getattr(self.denoiser, "peft_config", {}).values():
             config.base_model_name_or_path = name
-        if self.args.use_lora or self.args.save_only_trained:
-            if self.args.prediction_type or self.args.rescale_betas_zero_snr:  # the base model's does not say so
+        if args.use_lora or args.save_only_trained:
+            if args.prediction_type or args.rescale_betas_zero_snr:  # the base model's does not say so
                 self.pipe.scheduler.save_pretrained(Path(folder, "scheduler"))
-        if self.args.use_lora:
-            self.save_lora(folder, DTYPES[self.args.save_dtype[0]])
-            if self.args.output_kohya_format:
-                state, metadata = self._for_kohya(DTYPES[self.args.save_dtype[0]])
-                save_file(state, Path(folder, KOHYA_FILE), metadata=metadata)
-            return
-        for precision in self.args.save_dtype:
-            dtype = DTYPES[precision]
-            files = {"variant": VARIANTS[precision], "max_shard_size": self.args.max_shard_size}
-            denoiser = in_precision(self.denoiser, dtype)
-            # First what training made, should the base model be out of reach.
-            denoiser.save_pretrained(Path(folder, self.denoiser_name), **files)
-            if not self.args.save_only_trained:
-                self._load_rest(folder, denoiser, dtype).save_pretrained(folder, **files)
+        if args.use_lora:
+            return self._save_loras(folder, raw, DTYPES[args.save_dtype[0]])
+        # First what training made, should the base model be out of reach.
+        for precision in args.save_dtype:
+            self._save_denoiser(folder, in_precision(self.denoiser, DTYPES[precision]), VARIANTS[precision])
+        if raw is not None:
+            self._save_denoiser(folder, in_precision(self.denoiser, DTYPES[args.save_dtype[0]], raw), NON_EMA)
+        for precision in args.save_dtype if not args.save_only_trained else ():
+            pipe = self._load_rest(folder, in_precision(self.denoiser, DTYPES[precision]), DTYPES[precision])
+            pipe.save_pretrained(folder, variant=VARIANTS[precision], max_shard_size=args.max_shard_size)
+
+    def _save_denoiser(self, folder, denoiser, variant):
+        folder = Path(folder, self.denoiser_name)
+        denoiser.save_pretrained(folder, variant=variant, max_shard_size=self.args.max_shard_size)
+
+    def _save_loras(self, folder, raw, dtype):
+        self.save_lora(folder, dtype)
+        if self.args.output_kohya_format:
+            state, metadata = self._for_kohya(dtype)
+            save_file(state, Path(folder, KOHYA_FILE), metadata=metadata)
+        if raw is not None:
+            self.model.load_state_dict(raw, strict=False)
+            if self.stock_lora:
+                self.save_lora(folder, dtype, name=NON_EMA_LORA)
+            else:
+                self.save_lora(Path(folder, NON_EMA), dtype)
 
     def _load_rest(self, folder, denoiser, dtype):
         """The pipeline around a denoiser that is saved in `folder`, all of it in one precision."""
@@ -462,18 +481,6 @@ class Family:
         state = {f"{part}.{key}": value.to(device) for part, state in states for key, value in state.items()}
         settings = self.args.lora_alpha, self.pipeline_class.__name__
         return to_kohya(state, *settings), kohya_metadata(state, *settings)
-
-    def save_non_ema(self, folder, state):
-        """Weights that are not the average (name -> tensor) beside those that are."""
-        self.model.load_state_dict(state, strict=False)
-        dtype = DTYPES[self.args.save_dtype[0]]
-        if not self.args.use_lora:
-            files = {"variant": NON_EMA, "max_shard_size": self.args.max_shard_size}
-            in_precision(self.denoiser, dtype).save_pretrained(Path(folder, self.denoiser_name), **files)
-        elif self.stock_lora:
-            self.save_lora(folder, dtype, name=LORA_FILE.replace(".", f"_{NON_EMA}."))
-        else:
-            self.save_lora(Path(folder, NON_EMA), dtype)
 
     def rebuild_denoiser(self, state):
         """The denoiser anew, on the CPU, from name -> whole tensor (with LoRA the adapters'); it can only be saved."""
@@ -668,12 +675,15 @@ def lora_state(model, dtype=torch.float32):
     return {name: value.to(dtype).contiguous() for name, value in state.items()}
 
 
-def in_precision(model, dtype):
-    """The model if it is in this precision, else a copy on the CPU that can only be saved."""
-    if model.dtype == dtype:
+def in_precision(model, dtype, changes=None):
+    """The model if it is in this precision, else a copy on the CPU that can only be saved.
+
+    changes: other weights for a copy, name -> tensor.
+    """
+    if model.dtype == dtype and changes is None:
         return model
     with torch.device("meta"):
         copy = type(model).from_config(model.config)
-    state = model.state_dict().items()
+    state = {**model.state_dict(), **(changes or {})}.items()
     copy.load_state_dict({k: v.to("cpu", dtype if v.is_floating_point() else v.dtype) for k, v in state}, assign=True)
     return copy

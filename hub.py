@@ -22,6 +22,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.logging import set_verbosity_error
 from tqdm.auto import tqdm
 
 import interruption
@@ -57,6 +58,8 @@ class Hub:
         self._waiting, self._current = deque(), None  # folders
         self._change, self._closing, self._thread = threading.Condition(), False, None
         self.missing = []  # checkpoints that are not on the Hub
+        self.was_left = False  # an upload, which then goes on in threads of the client's
+        LAST_WORK.append(self.close)
         try:
             persist(self.open, AT_START)
         except UserError as error:
@@ -68,6 +71,7 @@ class Hub:
         """Create the repository if there is none; sets `args.hub_model_id` to the full name."""
         args, name = self.args, self.args.hub_model_id
         if self.is_open:
+            self.api.model_info(name)  # out of reach, it says so at once, while an upload tries for half a minute
             return
         try:
             args.hub_model_id = self.api.create_repo(
@@ -96,7 +100,6 @@ class Hub:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
-            LAST_WORK.append(self.close)
         with self._change:
             if self.args.hub_strategy == "checkpoint":
                 self._waiting.clear()
@@ -112,23 +115,33 @@ class Hub:
             return folder != self._current
 
     def close(self):
-        """Wait for the uploads, as long as the Hub is in reach; Ctrl-C leaves them."""
+        """Wait for the uploads, as long as the Hub is in reach; Ctrl-C leaves them.
+
+        Returns whether any was left, so that the process has to end without waiting for threads.
+        """
         with self._change:
             self._closing = True
             self._change.notify()
             busy = self._current is not None or self._waiting
-        if self._thread is None:
-            return
+        if self._thread is None or self.was_left:
+            return self.was_left
         if busy:
             say("Waiting for the upload of a checkpoint; Ctrl-C leaves it.")
+        before = interruption.received()
         try:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(0.2)
+                if before is None and interruption.received() == "SIGINT":
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
+            self.was_left = True
             self.missing += [self._current, *self._waiting]
             say(f"Left.{self._how_to_upload_the_missing()}")
+        return self.was_left
 
     def _work(self):
         disable_progress_bars()
+        set_verbosity_error()  # what the client would say of each attempt
         while True:
             with self._change:
                 self._current = None
@@ -159,14 +172,14 @@ class Hub:
             if self._superseded():
                 return
             if self._closing:
-                yield from AFTER_A_SIGNAL if interruption.received() else AT_END
-                return
+                return (yield from self._last_waits())
             yield min(2**attempt, LONGEST_WAIT)
 
     def _pause(self, seconds):
-        closing = self._closing
+        if self._closing:
+            return sleep(seconds)
         with self._change:
-            self._change.wait_for(lambda: self._closing != closing or self._superseded(), seconds)
+            self._change.wait_for(lambda: self._closing or self._superseded(), seconds)
 
     def _report(self, error):
         say(f"{self._current.name} is not uploaded yet ({reason(error, self.args)}): trying again.")
@@ -192,17 +205,22 @@ class Hub:
         try:
             commit = persist(self._push_result, self._last_waits(), sleep)
         except (Exception, KeyboardInterrupt) as error:  # whatever the network, the Hub and its storage make of it
+            self.was_left |= isinstance(error, KeyboardInterrupt)
             where, command = self.args.output_dir, upload_command(self.args)
             raise NotUploaded(
-                f"the upload failed ({reason(error, self.args)}); the result is safe in {where}: log in with `hf auth "
-                f"login`, then `{command}`.{self._how_to_upload_the_missing()}"
+                f"the upload failed ({reason(error, self.args)}); the result is safe in {where}. When the Hub is in "
+                f"reach and you are logged in (`hf auth login`): `{command}`.{self._how_to_upload_the_missing()}"
             ) from error
         if self._how_to_upload_the_missing():
             raise NotUploaded(f"the result is at {commit}.{self._how_to_upload_the_missing()}")
         return commit
 
     def _last_waits(self):
-        yield from (wait for wait in AT_END if not interruption.received())
+        before = interruption.received()
+        for wait in AT_END if before is None else AFTER_A_SIGNAL:
+            if interruption.received() != before:
+                return
+            yield wait
 
     def _push_result(self):
         self.open()
@@ -227,8 +245,8 @@ def say(text):
 
 def sleep(seconds):
     """Until a signal comes."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not interruption.received():
+    end, before = time.monotonic() + seconds, interruption.received()
+    while time.monotonic() < end and interruption.received() == before:
         time.sleep(min(seconds, 0.2))
 
 

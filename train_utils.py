@@ -45,7 +45,9 @@ from checkpoints import refuse_other_run, why_not_written
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
 from engines import check_engine
+from family import NON_EMA, NON_EMA_LORA
 from hub import upload_command
+from kohya import KOHYA_FILE
 from model_card import duration, write_model_card
 
 
@@ -320,7 +322,7 @@ def finish(accelerator, args, family, checkpoints, facts):
     facts: what the model card shall say besides, headings -> {name: text}. All processes call this; but for the main
     one they leave when it has the weights, so that none waits for it.
     """
-    weights, ema = checkpoints.weights, checkpoints.ema
+    weights, ema, time_spent = checkpoints.weights, checkpoints.ema, checkpoints.time_spent()
     raw = weights.whole() if args.save_non_ema else None
     if ema is not None:
         weights.set(ema.shadow_params)
@@ -337,11 +339,11 @@ def finish(accelerator, args, family, checkpoints, facts):
         images = draw_all(args, family, family.load_result, args.output_dir)
         if images:
             show_samples(accelerator, args, images, args.max_train_steps, title="final")
-            base_images = draw_all(args, family, family.load_base) if args.push_to_hub else []
+            base_images = draw_base(args, family) if args.push_to_hub else []
     accelerator.end_training()
     if args.push_to_hub:
         forwards = f"{args.gradient_accumulation_steps} forward passes"
-        times = (f"{name}, {duration(seconds)}" for name, seconds in checkpoints.time_spent().items())
+        times = (f"{name}, {duration(seconds)}" for name, seconds in time_spent.items())
         training = {
             "Samples per step": f"{args.train_batch_size} x {accelerator.num_processes} processes x {forwards}",
             "Mixed precision": accelerator.mixed_precision,
@@ -363,6 +365,15 @@ def draw_all(args, family, load, *more):
     return images if len(images) == len(tasks) else []
 
 
+def draw_base(args, family):
+    """The same of the model before it was trained; the card can do without."""
+    try:
+        return draw_all(args, family, family.load_base)
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"The model card has no images of the base model: {first_line(error)}")
+        return []
+
+
 def save_result(args, family, raw=None):
     """The result appears in the output folder when it is complete, or as far as the base model is in reach.
 
@@ -371,9 +382,7 @@ def save_result(args, family, raw=None):
     with TemporaryDirectory(dir=args.output_dir, prefix="tmp-result-") as folder:
         failure = None
         try:
-            family.save_result(folder)
-            if raw is not None:
-                family.save_non_ema(folder, raw)
+            family.save_result(folder, raw)
         except UserError as error:
             failure = UserError(str(error).replace(folder, args.output_dir))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -381,6 +390,8 @@ def save_result(args, family, raw=None):
                 f"the result can't be written ({why_not_written(error, args.output_dir)}); the checkpoints in "
                 f"{args.output_dir} are intact. Make room, then resume."
             ) from error
+        for name in (KOHYA_FILE, NON_EMA_LORA, NON_EMA):  # an older result's, which may not be made again
+            replace_path(None, Path(args.output_dir, name))
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model_index.json"):  # it comes last
             replace_path(path, Path(args.output_dir, path.name))
         if failure is not None:
@@ -503,7 +514,10 @@ def replace_text(path, text):
 
 
 def replace_path(new, old):
-    """Moves a file or folder to where another one may be."""
+    """Moves a file or folder to where another one may be; None removes that one."""
     if old.is_dir():
         shutil.rmtree(old)
-    os.replace(new, old)
+    elif new is None:
+        old.unlink(missing_ok=True)
+    if new is not None:
+        os.replace(new, old)

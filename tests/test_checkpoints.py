@@ -25,7 +25,9 @@ def test_the_flags_of_optimizer_and_schedule_count_and_are_told(train, capsys, m
     train(*FLAGS, "--learning_rate", 1e-4, "--lr_scheduler", "linear", "--lr_warmup_steps", 1, steps=4)
     optimizers = []
     finish = train_lpl_sd.finish
-    monkeypatch.setattr(train_lpl_sd, "finish", lambda *a: optimizers.append(a[-1].param_groups) or finish(*a))
+    monkeypatch.setattr(
+        train_lpl_sd, "finish", lambda *a: optimizers.append(a[3].weights.optimizer.param_groups) or finish(*a)
+    )
     changed = ("--learning_rate", 2e-5, "--adam_weight_decay", 0.5, "--adam_beta2", 0.9, "--lr_warmup_steps", 1)
     flags = (*FLAGS, *changed, "--lr_scheduler", "linear", "--resume_from_checkpoint", "checkpoint-2")
     output = train(*flags, steps=8)
@@ -164,7 +166,9 @@ def test_prodigys_flags_count_too(train, monkeypatch):
     flags = (*FLAGS, "--optimizer", "prodigy")
     train(*flags, steps=2)
     groups, finish = [], train_lpl_sd.finish
-    monkeypatch.setattr(train_lpl_sd, "finish", lambda *a: groups.extend(a[-1].param_groups) or finish(*a))
+    monkeypatch.setattr(
+        train_lpl_sd, "finish", lambda *a: groups.extend(a[3].weights.optimizer.param_groups) or finish(*a)
+    )
     train(*flags, *LATEST, "--prodigy_beta3", 0.9, "--prodigy_decouple", "false", steps=3)
     assert groups[0]["beta3"] == 0.9 and groups[0]["decouple"] is False
     assert groups[0]["k"] == 3  # its own state is the checkpoint's

@@ -97,7 +97,7 @@ RESUMED = (("8-bit adamw", "full"), ("prodigy", "LoRA"), ("adafactor", "full"))
 @pytest.mark.parametrize("name, kind", slow_but(RESUMED, itertools.product(OTHERS, KINDS)))
 def test_resumed_run_is_bitwise_the_uninterrupted_one(train, wide_sd, monkeypatch, name, kind):
     made, finish = [], train_lpl_sd.finish
-    keep = lambda *args: made.append(states(args[-1])) or finish(*args)  # noqa: E731
+    keep = lambda *args: made.append(states(args[3].weights.optimizer)) or finish(*args)  # noqa: E731
     monkeypatch.setattr(train_lpl_sd, "finish", keep)  # which clears the state
     flags = ("--lpl_weight", 0, "--checkpointing_steps", 3, *OPTIMIZERS[name], *KINDS[kind])
     whole = train(*flags, model=wide_sd, steps=6, name="whole")
