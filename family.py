@@ -423,13 +423,9 @@ class Family:
 
         In every precision of --save_dtype. raw: weights that are not the average, to be saved besides, name -> tensor.
         """
-        args, name = self.args, self.args.pretrained_model_name_or_path
-        local = name is not None and is_folder_name(name)  # no paths of this machine in what may be shared
-        name = Path(name).resolve().name if local else name
-        if local:
-            self.denoiser.register_to_config(_name_or_path=name)
-        for config in getattr(self.denoiser, "peft_config", {}).values():
-            config.base_model_name_or_path = name
+        args = self.args
+        if self._base_name != args.pretrained_model_name_or_path:
+            self.denoiser.register_to_config(_name_or_path=self._base_name)
         if args.use_lora or args.save_only_trained:
             if args.prediction_type or args.rescale_betas_zero_snr:  # the base model's does not say so
                 self.pipe.scheduler.save_pretrained(Path(folder, "scheduler"))
@@ -438,11 +434,28 @@ class Family:
         # First what training made, should the base model be out of reach.
         for precision in args.save_dtype:
             self._save_denoiser(folder, in_precision(self.denoiser, DTYPES[precision]), VARIANTS[precision])
-        if raw is not None:
-            self._save_denoiser(folder, in_precision(self.denoiser, DTYPES[args.save_dtype[0]], raw), NON_EMA)
-        for precision in args.save_dtype if not args.save_only_trained else ():
+        try:
+            if not args.save_only_trained:
+                self._save_pipeline(folder)
+        finally:
+            if raw is not None:  # last, as diffusers removes the shards of other variants when it saves float32
+                self._save_denoiser(folder, in_precision(self.denoiser, DTYPES[args.save_dtype[0]], raw), NON_EMA)
+
+    def _save_pipeline(self, folder):
+        """All of it, in every precision."""
+        configs = {}
+        for precision in self.args.save_dtype:
             pipe = self._load_rest(folder, in_precision(self.denoiser, DTYPES[precision]), DTYPES[precision])
-            pipe.save_pretrained(folder, variant=VARIANTS[precision], max_shard_size=args.max_shard_size)
+            pipe.save_pretrained(folder, variant=VARIANTS[precision], max_shard_size=self.args.max_shard_size)
+            configs = configs or {path: path.read_bytes() for path in Path(folder).glob("*/config.json")}
+        for path, content in configs.items():  # text encoders come in the precision that theirs name: the first
+            path.write_bytes(content)
+
+    @property
+    def _base_name(self):
+        """The base model's Hub id, or the folder's own name: no paths of this machine in what may be shared."""
+        name = self.args.pretrained_model_name_or_path
+        return Path(name).resolve().name if name is not None and is_folder_name(name) else name
 
     def _save_denoiser(self, folder, denoiser, variant):
         folder = Path(folder, self.denoiser_name)
@@ -461,7 +474,7 @@ class Family:
                 self.save_lora(Path(folder, NON_EMA), dtype)
 
     def _load_rest(self, folder, denoiser, dtype):
-        """The pipeline around a denoiser that is saved in `folder`, all of it in one precision."""
+        """The pipeline around a denoiser that is saved in `folder`, all of it loaded in one precision."""
         try:
             frozen = {self.denoiser_name: denoiser, "scheduler": self.pipe.scheduler}
             frozen |= dict.fromkeys(self.args.absent_parts)
@@ -488,7 +501,7 @@ class Family:
         with torch.device("meta"):
             denoiser = self.denoiser_class.from_config(config)
         if self.args.use_lora:
-            self._add_adapter(denoiser)
+            self._add_adapter(denoiser).peft_config = self.denoiser.peft_config
             self.adapted[self.denoiser_name] = denoiser
         denoiser.load_state_dict(state, strict=not self.args.use_lora, assign=True)
         self.denoiser = self.model = denoiser
@@ -604,6 +617,9 @@ class Family:
                 names = {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"], "layers_pattern": "layers"}
                 text_encoder.add_adapter(self._lora_config(layers_to_transform=list(layers), **names))
             adapted |= self.text_encoders
+        for model in adapted.values():
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = self._base_name
         cast_training_params(list(adapted.values()), torch.float32)
         return adapted
 

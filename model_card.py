@@ -8,7 +8,6 @@ python model_card.py FOLDER --report report.json    adds what an evaluation has 
 
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -18,16 +17,17 @@ import diffusers
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from arguments import LOG_FILE, Parser, UserError, first_line, run
 from family import NON_EMA, VARIANTS
 from kohya import KOHYA_FILE
-from loading import DTYPES
+from loading import DTYPES, hub_flags
 from model_checks import is_folder_name
 
 
 CARD, LOSSES, COMPARISON = "README.md", "loss.png", "samples/base_and_finetuned.jpg"
+LARGEST = 512  # pixels of a side of an image in the comparison
 PAPER = "https://arxiv.org/abs/2411.04873"
 CITATION = """@inproceedings{berrada2025boosting,
   title     = {Boosting Latent Diffusion with Perceptual Objectives},
@@ -52,9 +52,9 @@ def write_model_card(args, family, training, facts, images, base_images):
     sections = [f"# {args.hub_model_id.split('/')[-1]}", introduction(args, family)]
     if images:
         sections += [show_images(args, images, base_images)]
-    sections += [f"## How to use it\n\n```python\n{code_of_card(args, family)}\n```", describe_files(args, family)]
+    sections += [f"## How to use it\n\n{fenced(code_of_card(args, family), 'python')}", describe_files(args, family)]
     sections += [f"## Training\n\n{table(training | training_facts(args))}"]
-    sections += [f"All flags that differ from their defaults:\n\n```bash\n{command(args)}\n```"]
+    sections += [f"All flags that differ from their defaults:\n\n{fenced(command(args), 'bash')}"]
     if draw_losses(read_log(output), output / LOSSES, args):
         sections += [f"![Losses and their shares over the training steps]({LOSSES})"]
     sections += [f"## {heading}\n\n{table(rows)}" for heading, rows in facts.items() if rows]
@@ -70,7 +70,8 @@ def write_model_card(args, family, training, facts, images, base_images):
 
 def metadata(args, family, base, images):
     """ModelCardData: what the Hub finds and shows the model by. base: the base model's (see `base_metadata`)."""
-    sources = {"base_model": args.pretrained_model_name_or_path, "datasets": args.dataset_name}
+    base_model = None if args.transformer_config else args.pretrained_model_name_or_path
+    sources = {"base_model": base_model, "datasets": args.dataset_name}
     # The Hub refuses metadata with a name that is not an id.
     found = {key: name for key, name in sources.items() if name and not is_folder_name(name)}
     if "base_model" in found:
@@ -83,7 +84,8 @@ def metadata(args, family, base, images):
         found["instance_prompt"] = prompt
     if images and args.num_classes is None:
         urls = (image_name(i) for i in range(len(args.validation_prompts)))
-        found["widget"] = [{"text": text, "output": {"url": url}} for text, url in zip(args.validation_prompts, urls)]
+        texts = (text.strip() or "-" for text in args.validation_prompts)  # the Hub wants one
+        found["widget"] = [{"text": text, "output": {"url": url}} for text, url in zip(texts, urls)]
     library = "diffusers" if family.stock_lora or not args.use_lora else "peft"
     return ModelCardData(library_name=library, pipeline_tag=task, tags=tags, **license_of(args, base), **found)
 
@@ -106,6 +108,17 @@ TAGS = {
     "HunyuanDiTPipeline": ["hunyuan-dit"],
     "DiTPipeline": ["dit"],
 }
+LICENSES = (  # what the Hub takes for one; it refuses all files together with a card that names another
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
+    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
+    "mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr "
+    "deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 "
+    "grok2-community gemma unknown other"
+).split()
 
 
 def base_metadata(args):
@@ -114,61 +127,72 @@ def base_metadata(args):
     if name is None:
         return {}
     try:
-        path = Path(name, CARD) if is_folder_name(name) else hf_hub_download(name, CARD, revision=args.revision)
+        path = Path(name, CARD) if is_folder_name(name) else hf_hub_download(name, CARD, **hub_flags(args))
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # a card is not needed, and many things can be wrong with one
         return {}
 
 
 def license_of(args, base):
-    """What the metadata says of the license: the base model's."""
-    found = {key: base[key] for key in ("license", "license_name", "license_link") if base.get(key)}
-    link, name = found.get("license_link"), args.pretrained_model_name_or_path
-    if link and "://" not in link:  # a file of the base model's repository
-        found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
-        if is_folder_name(name):
-            del found["license_link"]
+    """What the metadata says of the license: the base model's, in words that the Hub takes."""
+    name = args.pretrained_model_name_or_path
+    known = base.get("license") or ["other"] * bool(base.get("license_name"))
+    if not known:
+        return {}
+    known = [str(license).strip().lower() for license in (known if isinstance(known, list) else [known])]
+    found = {"license": known[0] if len(known) == 1 else known}
+    if not set(known) <= set(LICENSES):
+        found = {"license": "other", "license_name": "-".join(" ".join(known).split())}
+    if "other" in known:
+        found["license_name"] = str(base.get("license_name") or f"{public_name(name).split('/')[-1].lower()}-license")
+    link = str(base.get("license_link") or "")
+    if "://" in link:
+        found["license_link"] = link
+    elif link and not is_folder_name(name):  # a file of the base model's repository
+        found["license_link"] = f"https://huggingface.co/{name}/blob/{args.revision or 'main'}/{link}"
     return found
 
 
 def describe_license(args, base):
-    found = license_of(args, base)
-    if not args.pretrained_model_name_or_path:
-        return "The license of these weights is for their author to say."
-    base = f"`{public_name(args.pretrained_model_name_or_path)}`"
-    if "license" not in found:
-        return f"The base model {base} says nothing of its license in its model card; its terms hold here, too."
-    text = f"That of the base model {base}: {found.get('license_name') or found['license']}"
-    return text + (f" ([text]({found['license_link']}))." if "license_link" in found else ".")
+    found, name = license_of(args, base), args.pretrained_model_name_or_path
+    vae = args.pretrained_vae_model_name_or_path
+    text = "The license of these weights is for their author to say."
+    if name and "license" not in found:
+        text = f"The license of {linked(name)} is not known here; its terms hold for these weights, too."
+    elif name:
+        terms = found.get("license_name") or found["license"]
+        terms = terms if isinstance(terms, str) else ", ".join(terms)
+        text = f"That of {linked(name)}: " + (
+            f"[{escaped(terms)}]({found['license_link']})." if "license_link" in found else f"{escaped(terms)}."
+        )
+    return text + (f" The VAE {linked(vae)} has its own." if vae else "")
 
 
 # What people read
 
 
 def introduction(args, family):
-    base, vae, dataset = (
-        args.pretrained_model_name_or_path,
-        args.pretrained_vae_model_name_or_path,
-        args.dataset_name,
-    )
+    base, vae, how = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path, "trained"
     if args.transformer_config:
-        text = f"A {type(family.denoiser).__name__} trained from scratch"
+        text, how = f"A `{type(family.denoiser).__name__}`", "trained from scratch"
         text += f" in the pipeline of {linked(base)}" if base else ""
     else:
         text = f"{'LoRA weights for' if args.use_lora else 'Finetuned from'} {linked(base)}"
     text += f" with the VAE {linked(vae)}" if vae else ""
-    data = f"the dataset {linked(dataset)}" if dataset else "tar shards" if args.train_shards else "a folder of images"
+    data = "tar shards" if args.train_shards else "a folder of images"
+    if args.dataset_name:
+        data = f"the dataset {linked(args.dataset_name, 'datasets/')}"
     objective = "the diffusion loss alone"
     if args.lpl_weight != 0:
         objective = f"the [Latent Perceptual Loss]({PAPER}) besides the diffusion loss"
-    text += f", trained on {data} for {args.max_train_steps} steps at {args.resolution} pixels with {objective}."
+    text += f", {how} on {data} for {args.max_train_steps} steps at {args.resolution} pixels with {objective}."
     prompt = args.instance_prompt or args.trigger_word
-    return text + (f" Write `{prompt}` in your prompt to get what it has learnt." if prompt else "")
+    return text + (f" Write {code_span(prompt)} in your prompt to get what it has learnt." if prompt else "")
 
 
-def linked(name):
+def linked(name, kind=""):
     """Markdown for a Hub id, or for a folder of this machine, of which nobody else need know but its own name."""
-    return f"`{public_name(name)}`" if is_folder_name(name) else f"[{name}](https://huggingface.co/{name})"
+    return f"`{public_name(name)}`" if is_folder_name(name) else f"[{name}](https://huggingface.co/{kind}{name})"
 
 
 def image_name(number):
@@ -180,20 +204,20 @@ def show_images(args, images, base_images):
     prompts, per_prompt = args.validation_prompts, args.num_validation_images
     rows, labels = [], []
     for i in range(len(prompts)):
-        mine = slice(i * per_prompt, (i + 1) * per_prompt)
+        mine, number = slice(i * per_prompt, (i + 1) * per_prompt), f"{i + 1} " if len(prompts) > 1 else ""
         save_image(images[mine][0], Path(args.output_dir, image_name(i)))
         rows += [base_images[mine], images[mine]] if base_images else [images[mine]]
-        labels += ["base", "finetuned"] if base_images else [f"prompt {i + 1}"]
+        labels += [f"{number}base", f"{number}finetuned"] if base_images else [number.strip()]
     save_image(labelled_grid(rows, labels), Path(args.output_dir, COMPARISON))
-    what = "The base model above, this one below, with the same seeds; " if base_images else "Samples; "
-    guidance = args.validation_guidance_scale
-    settings = f"{args.validation_inference_steps} steps" + (
-        f", guidance {guidance:g}" if guidance is not None else ""
-    )
+    what = "The base model above, this one below, with the same seeds" if base_images else "Samples"
+    settings = [f"{what}; {args.validation_inference_steps} steps"]
+    if args.validation_guidance_scale is not None:
+        settings += [f"guidance {args.validation_guidance_scale:g}"]
     first, last = args.seed, args.seed + per_prompt - 1
-    seeds = f"seed {first}" if first == last else f"seeds {first} to {last}"
-    numbered = "\n".join(f"{i + 1}. {escaped(prompt)}" for i, prompt in enumerate(prompts))
-    return f"![Samples]({COMPARISON})\n\n{what}{settings}, {seeds}. The prompts:\n\n{numbered}"
+    settings += [f"seed {first}" if first == last else f"seeds {first} to {last}"]
+    kind = "prompts" if args.num_classes is None else "classes"
+    numbered = "\n".join(f"{i + 1}. {escaped(prompt) or '(empty)'}" for i, prompt in enumerate(prompts))
+    return f"![Samples]({COMPARISON})\n\n{', '.join(settings)}. The {kind}:\n\n{numbered}"
 
 
 def save_image(image, path):
@@ -202,7 +226,9 @@ def save_image(image, path):
 
 
 def labelled_grid(rows, labels):
-    """Rows of PIL images of one size, one image `[H, W]` of all, a label at the left of each row."""
+    """Rows of PIL images of one size -> one image of all, each made smaller to LARGEST, a label beside each row."""
+    if max(rows[0][0].size) > LARGEST:
+        rows = [[ImageOps.contain(image, (LARGEST, LARGEST)) for image in row] for row in rows]
     width, height = rows[0][0].size
     size = max(10, height // 20)
     font = ImageFont.load_default(size)
@@ -235,18 +261,19 @@ def describe_files(args, family):
 
 def training_facts(args):
     """Flags as they were resolved, and what the log says, name -> text."""
-    log = read_log(args.output_dir)
     facts = {"Seed": args.seed, "Steps": args.max_train_steps, "Resolution": args.resolution}
-    facts["Learning rate"] = f"{args.learning_rate:g}, {args.lr_scheduler}"
+    rate = f"{args.learning_rate:g}" + " x samples per step" * args.scale_lr
+    facts["Optimizer"] = f"{args.optimizer}, learning rate {rate}, {args.lr_scheduler}"
+    log = read_log(args.output_dir)
+    terms = loss_terms(log)
     if log:
-        last = log[max(0, len(log) - max(1, len(log) // 10)) :]
-        facts["Loss at the end"] = ", ".join(
-            f"{name} {mean(last, name):.4g}" for name in ("l2", "lpl") if any(name in line for line in last)
-        )
-        shares = sorted({name for line in log for name in line if name.endswith("_share") and name[:-6] in line})
-        for name in shares:
-            title = f"Share of {name.removesuffix('_share')} in the loss, measured"
-            facts[title] = f"{mean(log, name):.1%} over the whole run, {mean(last, name):.1%} at the end"
+        losses = {name: mean(last_tenth(log), name) for name in terms if name in log[-1]}
+        facts["Losses at the end"] = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    for name in terms[1:]:
+        lines = [line for line in log if name in line]
+        steps = "" if len(lines) == len(log) else f" from step {lines[0]['step']} to {lines[-1]['step']}"
+        average, end = mean(lines, f"{name}_share"), mean(last_tenth(lines), f"{name}_share")
+        facts[f"Share of {name} in the loss"] = f"{average:.1%} on average{steps}, {end:.1%} at the end"
     versions = {"torch": torch, "diffusers": diffusers, "transformers": transformers}
     facts["Libraries"] = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
     return facts
@@ -265,15 +292,19 @@ def command(args):
         elif value is True:
             words += [f"--{name}"]
         elif value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name} " + " ".join(shlex.quote(without_path(str(value))) for value in values)]
+            values = [without_path(name, str(word)) for word in (value if isinstance(value, list) else [value])]
+            between = "=" if len(values) == 1 and values[0].startswith("-") else " "  # else argparse sees a flag
+            words += [f"--{name}{between}{shlex.join(values)}"]
     return " \\\n  ".join([f"accelerate launch {Path(sys.argv[0]).name}", *words])
 
 
-def without_path(word):
+def without_path(flag, word):
     """Of a file or folder only its own name."""
-    path = os.path.isabs(word) or os.sep in word and Path(word).exists()
-    return Path(word).resolve().name if path else word
+    path = flag == "train_shards" or word.startswith(("/", "~", "./", "../")) or "/" in word and Path(word).exists()
+    return Path(word).resolve().name if path and flag not in TEXTS else word
+
+
+TEXTS = "validation_prompts validation_prompt instance_prompt class_prompt trigger_word".split()
 
 
 def table(rows):
@@ -282,8 +313,24 @@ def table(rows):
 
 
 def escaped(text):
-    """Plain text for a line of Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+    """Plain text for a line of Markdown, which may be an item of a list."""
+    text = re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d*)([-+.)])(?= |$)", r"\1\\\2", text)
+
+
+def fenced(code, language):
+    fence = ticks(code, 3)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def code_span(text):
+    text, fence = " ".join(text.split()), ticks(text, 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def ticks(text, at_least):
+    """More backticks in a row than there are in a text."""
+    return "`" * max([at_least, *(1 + len(run) for run in re.findall("`+", text))])
 
 
 def findable(name):
@@ -305,9 +352,19 @@ def read_log(output):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def last_tenth(log):
+    return log[-max(1, len(log) // 10) :]
+
+
 def mean(log, name):
     values = [line[name] for line in log if name in line]
     return sum(values) / len(values)
+
+
+def loss_terms(log):
+    """Names of the terms that the loss had at some step, `l2` first; the others have a share."""
+    names = dict.fromkeys(name for line in log for name in line)
+    return [name for name in names if name == "l2" or f"{name}_share" in names]
 
 
 def draw_losses(log, path, args):
@@ -318,25 +375,29 @@ def draw_losses(log, path, args):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    terms = [name for name in log[-1] if f"{name}_share" in log[-1] or name == "l2"]
-    shares = [name for name in terms if name != "l2"]
-    figure, axes = plt.subplots(1, 1 + bool(shares), figsize=(5 + 5 * bool(shares), 3.5), squeeze=False)
+    terms = loss_terms(log)
+    shares = terms[1:]
+    panels = 1 + bool(shares)
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.5), squeeze=False, sharex=True)
     for names, axis, suffix in ((terms, axes[0, 0], ""), (shares, axes[0, -1], "_share")):
-        for name, color in zip(names, ("C0", "C1", "C2", "C3")[len(terms) - len(names) :]):
+        for name in names:
             lines = [line for line in log if name + suffix in line]
             steps, values = [line["step"] for line in lines], [line[name + suffix] for line in lines]
-            axis.plot(steps, values, color=color, alpha=0.3, marker="." if len(steps) < 20 else None)
-            axis.plot(steps, smoothed(values), color=color, label=name + suffix)
+            look = {"color": f"C{terms.index(name)}", "marker": "." if len(steps) < 20 else None}
+            axis.plot(steps, values, alpha=0.3, **look)
+            axis.plot(steps, smoothed(values), label=name + suffix, **look)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("loss")
     axes[0, 0].legend()
     if shares:
         axes[0, 1].set_ylabel("share of the loss")
-        axes[0, 1].set_ylim(0)
         if args.lpl_weight == "auto":
             axes[0, 1].axhline(args.lpl_target_share, color="gray", linestyle="--", label="--lpl_target_share")
+        axes[0, 1].set_ylim(0, 1.2 * axes[0, 1].get_ylim()[1])
         axes[0, 1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -361,24 +422,25 @@ def code_of_card(args, family):
     """Python that loads the result from the Hub, as it was trained, and draws the first validation prompt."""
     base, result = args.pretrained_model_name_or_path, args.hub_model_id
     pipeline, denoiser = family.pipeline_class.__name__, family.denoiser_class.__name__
-    precision = args.save_dtype[0]
-    dtype = {"dtype": f"torch.{str(DTYPES[precision]).removeprefix('torch.')}"} if precision != "fp32" else {}
-    saved = {"variant": quoted(precision), **dtype} if dtype else {}
+    precision, whole = args.save_dtype[0], not args.use_lora and not args.save_only_trained
+    # The parts of several repositories must agree: without a dtype, each would have that of its files, or float32.
+    dtype = DTYPES[precision] if precision != "fp32" else None if whole else family.weight_dtype
+    dtype = {"dtype": str(dtype)} if dtype else {}
+    saved = {"variant": quoted(precision), **dtype} if precision != "fp32" else dtype
     custom = {} if hasattr(diffusers, pipeline) else {"trust_remote_code": True}  # its code is among the files
     pipeline = "DiffusionPipeline" if custom else pipeline
-    imports, classes, lines = ["import torch"] * bool(dtype), {pipeline}, []
-    if not args.use_lora and not args.save_only_trained:
+    classes, lines = {pipeline}, []
+    if whole:
         lines += [f"pipe = {loading(pipeline, result, **custom, **saved)}{CUDA}"]
     else:
-        # Without a dtype the text encoders would come in the precision of their files, the UNet in float32.
-        dtype = dtype or {"dtype": "torch.float32"}
         given = {name: quoted(getattr(args, name)) for name in ("revision", "variant") if getattr(args, name)}
         given |= custom | dtype
-        imports = ["import torch"]
         if args.pretrained_vae_model_name_or_path:
             vae = type(family.vae).__name__
             classes.add(vae)
-            lines += [f"vae = {loading(vae, findable(args.pretrained_vae_model_name_or_path), **dtype)}"]
+            name = args.pretrained_vae_model_name_or_path
+            part = {"subfolder": quoted("vae")} if Path(name, "model_index.json").exists() else {}
+            lines += [f"vae = {loading(vae, findable(name), **part, **dtype)}"]
             given["vae"] = "vae"
         if args.save_only_trained:
             name = family.denoiser_name
@@ -389,19 +451,23 @@ def code_of_card(args, family):
         if args.use_lora and family.stock_lora:
             lines += [f"pipe.load_lora_weights({quoted(result)})"]
         elif args.use_lora:
-            imports += ["from peft import PeftModel"]
             lines += [f"PeftModel.from_pretrained(pipe.transformer, {quoted(result)})"]
         scheduler = Path(args.output_dir, "scheduler", "scheduler_config.json")
         if scheduler.exists():  # it is saved if training changed it
             scheduler_class = json.loads(scheduler.read_text())["_class_name"]
             classes.add(scheduler_class)
             lines += [f"pipe.scheduler = {loading(scheduler_class, result, subfolder=quoted('scheduler'))}"]
-    if args.validation_prompts:
-        settings = family.prompt(args.validation_prompts[0])
+    prompts = args.validation_prompts
+    if not prompts and args.num_classes is None:
+        prompts = list(filter(None, [args.instance_prompt or args.trigger_word]))
+    if prompts:
+        settings = family.prompt(prompts[0])
         settings |= {**family.size_settings(args.resolution), **family.sampling}
         settings = [f"{name}={quoted(value)}" for name, value in settings.items()]
         lines += [f"image = pipe({', '.join(settings)}).images[0]"]
-    return "\n".join([*imports, f"from diffusers import {', '.join(sorted(classes))}", "", *lines])
+    imports = ["import torch"] * bool(dtype) + [f"from diffusers import {', '.join(sorted(classes))}"]
+    imports += ["from peft import PeftModel"] * (args.use_lora and not family.stock_lora)
+    return "\n".join([*imports, "", *lines])
 
 
 def loading(model_class, source, **kwargs):
@@ -422,37 +488,48 @@ def add_results(folder, report, model=None):
 
     Args:
         report: a dict as in `report.json`: `models`, a list of `{name, metrics: {name: number}}`, and `settings`, of
-            which `reference` and `num_samples` are named.
+            which `reference` is the data's name. What is no finite number is left out.
         model: the name of the model in the report, if it has several.
-    Raises UserError: there is no card, or no such model.
+    Raises UserError: there is no card, no such model, or no number of it.
     """
     path = Path(folder, CARD)
     if not path.exists():
         raise UserError(f"there is no model card {path}: train with --push_to_hub, which writes one.")
-    named = {entry["name"]: entry["metrics"] for entry in report["models"]}
-    model = model if model is not None or len(named) > 1 else next(iter(named))
+    try:
+        named = {entry["name"]: dict(entry["metrics"]) for entry in report["models"]}
+        settings = {name: public_name(str(value)) for name, value in report.get("settings", {}).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            "--report: this is no report of an evaluation, which has a list `models` of names and metrics."
+        ) from error
+    if model is None and len(named) == 1:
+        (model,) = named
     if model not in named:
-        raise UserError(f"--model: the report has {', '.join(named)}; name one of them.")
-    metrics = {name: value for name, value in named[model].items() if math.isfinite(value)}
-    settings = report.get("settings", {})
-    reference = public_name(str(settings.get("reference", "reference")))
-    card = ModelCard.load(path)
-    where = {"task_type": card.data.pipeline_tag, "dataset_type": "imagefolder", "dataset_name": reference}
-    card.data.model_name = card.text.strip().splitlines()[0].removeprefix("# ")
+        raise UserError(f"--model: the report has {', '.join(map(str, named)) or 'no model'}; name one of them.")
+    metrics = {name: value for name, value in named[model].items() if is_finite(value)}
+    if not metrics:
+        raise UserError(f"--report: there is no number for {model}.")
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    heading = re.search(r"^# (.*\S)", card.text, re.MULTILINE)
+    card.data.model_name = heading[1] if heading else Path(folder).resolve().name
+    where = {"task_type": card.data.pipeline_tag or "text-to-image", "dataset_type": "imagefolder"}
+    where["dataset_name"] = settings.get("reference", "reference")
+    titles = {name: name.replace("_", " ") for name in metrics}
     card.data.eval_results = [
-        EvalResult(metric_type=name, metric_value=value, metric_name=name.replace("_", " "), **where)
+        EvalResult(metric_type=name, metric_value=value, metric_name=titles[name], **where)
         for name, value in metrics.items()
     ]
-    heading = "## Evaluation"
-    rows = table({name.replace("_", " "): f"{value:.5g}" for name, value in metrics.items()})
-    known = ", ".join(f"{name} {public_name(str(value))}" for name, value in settings.items())
-    before, _, after = card.text.partition(f"{heading}\n")
-    rest = after[after.index("\n## ") :] if "\n## " in after else ""
-    section = f"{heading}\n\n{rows}\n\nMeasured with: {escaped(known)}.\n"
-    if not after:
-        before, rest = before.rstrip() + "\n\n", ""
-    card.text = before + section + rest
+    section = f"## Evaluation\n\n{table({titles[name]: f'{value:.5g}' for name, value in metrics.items()})}"
+    if settings:
+        section += f"\n\nMeasured with: {escaped(', '.join(f'{name} {value}' for name, value in settings.items()))}."
+    old = re.search(r"^## Evaluation\s*$.*?(?=^## |\Z)", card.text, re.MULTILINE | re.DOTALL)
+    before, after = (card.text[: old.start()], card.text[old.end() :]) if old else (card.text, "")
+    card.text = "\n\n".join(filter(None, [before.rstrip(), section, after.strip()])) + "\n"
     card.save(path)
+
+
+def is_finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def parse_args(argv=None):
@@ -465,11 +542,10 @@ def parse_args(argv=None):
 
 def main(args):
     try:
-        add_results(args.folder, json.loads(Path(args.report).read_text(encoding="utf-8")), args.model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--report {args.report} is no report of an evaluation ({first_line(error)}).") from error
+        report = json.loads(Path(args.report).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--report {args.report} can't be read ({first_line(error)}).") from error
+    add_results(args.folder, report, args.model)
     card = Path(args.folder, CARD)
     print(f"{card} has the results; `hf upload OWNER/NAME {card} {CARD}` uploads it.")
 
