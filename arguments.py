@@ -748,7 +748,8 @@ def check_output_dir(args):
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
     if wanted == "hub":  # the same command on any machine, at any time
-        hub.fetch_newest(args)
+        if not args.dry_run:
+            hub.fetch_newest(args)
         wanted = "latest"
     checkpoints = complete_checkpoints(output)
     damaged = [(folder, reason) for folder in all_checkpoints(output)[::-1] if (reason := damage(folder))]

@@ -300,10 +300,14 @@ def asked_to_wait(error):
 def reason(error, args):
     """The Hub's own words if it has answered, without the token."""
     *_, last = causes(error)
-    words = first_line(getattr(last, "server_message", None) or last).rstrip(".")
+    words = first_line(next((cause.server_message for cause in causes(error) if has_words(cause)), last)).rstrip(".")
     for token in filter(None, (args.hub_token, os.environ.get("HF_TOKEN"))):
         words = words.replace(token, "...")
     return words
+
+
+def has_words(error):
+    return bool(getattr(error, "server_message", None))
 
 
 def default_name(args):

@@ -143,8 +143,8 @@ def main(args):
         logger.warning(f"--learning_rate {args.learning_rate} is low for Prodigy, which finds its own: leave it at 1.")
 
     family_class = find_family(args)
-    is_pushed = args.push_to_hub and accelerator.is_main_process and not args.dry_run
-    hub = Hub(args) if is_pushed else None  # a wrong token or name is known at once
+    # Now, so that a wrong token or name is known at once.
+    hub = Hub(args) if args.push_to_hub and accelerator.is_main_process and not args.dry_run else None
 
     # The data: sample number `position` of an endless stream, the same for any number of processes and workers.
     stream = make_stream(args)

@@ -12,6 +12,6 @@ import hub  # noqa: E402
 
 
 hub.AT_START = hub.AFTER_A_SIGNAL = (0.1, 0.2)
-hub.AT_END = (0.1, 0.2, 0.4)
+hub.AT_END = (0.1,) * 40
 hub.LONGEST_WAIT = 0.3
 runpy.run_path(sys.argv[0], run_name="__main__")
