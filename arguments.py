@@ -648,7 +648,7 @@ def check_result(args):
             )
         if len(args.save_dtype) > 1:
             raise UserError("--save_dtype: LoRA files have one precision, name one.")
-    if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", args.max_shard_size, re.IGNORECASE):
+    if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", args.max_shard_size, re.IGNORECASE):
         raise UserError(f"--max_shard_size {args.max_shard_size} is no size: give one such as 5GB or 500MB.")
     if args.hub_token is not None:
         args.hub_token = args.hub_token.strip()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session
 from huggingface_hub.utils.logging import set_verbosity_error
 from tqdm.auto import tqdm
 
@@ -43,6 +43,7 @@ AT_START = (1, 2, 4)  # seconds between attempts
 AT_END = (1, 2, 4, 8, 16, 32, 60)
 AFTER_A_SIGNAL = (1, 2, 4)  # there may be half a minute left
 LONGEST_WAIT = 300  # while training goes on
+ANSWER = 300  # seconds for which nothing may come; the client itself would wait for ever
 OTHER_FILES = ("latent_cache_dir", "class_data_dir", "train_data_dir", "cache_dir")  # may be in the output folder
 
 
@@ -70,6 +71,7 @@ class Hub:
     def open(self):
         """Create the repository if there is none; sets `args.hub_model_id` to the full name."""
         args, name = self.args, self.args.hub_model_id
+        get_session().timeout = ANSWER
         if self.is_open:
             self.api.model_info(name)  # out of reach, it says so at once, while an upload tries for half a minute
             return
@@ -396,6 +398,7 @@ def fetch_checkpoint(args, name, occupied):
 
 
 def own_repository(args):
+    get_session().timeout = ANSWER
     name = args.hub_model_id or default_name(args)
     return name if "/" in name else f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
 
@@ -405,6 +408,7 @@ def fetch(args, repo_id, checkpoint=None, after=-1, check=lambda folder: None):
 
     `check` is called with its folder before. Returns the folder, None if there is none.
     """
+    get_session().timeout = ANSWER
     api = HfApi(token=args.hub_token)
     source = {"repo_id": repo_id, "revision": api.model_info(repo_id).sha, "token": args.hub_token}
     sizes = {item.path: item.size for item in api.list_repo_tree(**source, recursive=True) if hasattr(item, "size")}

@@ -222,7 +222,7 @@ def show_images(args, images, base_images):
 
 def save_image(image, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, quality=92)
+    image.save(path, quality=95, subsampling=0)  # details are what one looks for
 
 
 def labelled_grid(rows, labels):
@@ -509,7 +509,7 @@ def add_results(folder, report, model=None):
     metrics = {name: value for name, value in named[model].items() if is_finite(value)}
     if not metrics:
         raise UserError(f"--report: there is no number for {model}.")
-    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card = ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True)
     heading = re.search(r"^# (.*\S)", card.text, re.MULTILINE)
     card.data.model_name = heading[1] if heading else Path(folder).resolve().name
     where = {"task_type": card.data.pipeline_tag or "text-to-image", "dataset_type": "imagefolder"}

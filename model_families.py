@@ -48,7 +48,7 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from family import Family
+from family import VARIANTS, Family
 from loading import (
     check_lora_layers,
     check_text_widths,
@@ -625,7 +625,9 @@ class ClassConditionalMMDiT(ClassConditional):
     def loader(self):
         if self.args.use_lora:
             return super().loader
-        return "DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
+        variant = VARIANTS[self.args.save_dtype[0]]
+        variant = f'variant="{variant}", ' if variant else ""
+        return f"DiffusionPipeline.from_pretrained(..., {variant}trust_remote_code=True)"
 
     def _load_saved(self, folder, **settings):
         return load(DiffusionPipeline, folder, "--output_dir", trust_remote_code=True, **settings)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import named_flags
+from huggingface_hub.serialization._base import parse_size_to_int
 from tiny_models import build_tiny_sd, build_tiny_vae
 
 import arguments
@@ -119,6 +120,17 @@ def edit_config(model, tmp_path, part, **changes):
             ["--validation_prompts", "a fox", "--validation_prompt", "a boat"],
             "--validation_prompts and --validation_prompt exclude each other",
         ),
+        (["--use_lora", "--save_only_trained"], "--save_only_trained has no effect with --use_lora: leave one of"),
+        (["--use_lora", "--max_shard_size", "1GB"], "--max_shard_size has no effect with --use_lora: leave one of"),
+        (["--use_lora", "--save_dtype", "fp32", "fp16"], "--save_dtype: LoRA files have one precision, name one"),
+        (["--use_lora", "--use_dora", "--output_kohya_format"], "the magnitudes of --use_dora as they are meant"),
+        (["--save_dtype", "float16"], "--save_dtype: invalid choice: 'float16' (choose from"),
+        (["--save_dtype"], "--save_dtype: expected at least one argument"),
+        *(
+            (["--max_shard_size", size], f"--max_shard_size {size} is no size: give one such as 5GB or 500MB")
+            for size in ("5", "5G", "GB", "0GB", "-1GB", "5GiB", "1,5GB", "5GB or so", "")
+        ),
+        (["--resume_from_checkpoint", "hub"], "--resume_from_checkpoint hub goes on from the repository of --push_to"),
     ],
 )
 def test_wrong_flags(refuse, all_installed, words, sentence):
@@ -130,10 +142,15 @@ BELONGS = [
     (
         "--use_lora",
         "--use_lora",
-        "--rank 8, --lora_alpha 8, --lora_layers to_k, --lora_dropout 0.1, --use_dora, --train_text_encoder",
+        "--rank 8, --lora_alpha 8, --lora_layers to_k, --lora_dropout 0.1, --use_dora, --train_text_encoder, "
+        "--output_kohya_format",
     ),
-    ("--use_ema", "--use_ema", "--ema_decay 0.9, --offload_ema, --foreach_ema"),
-    ("--push_to_hub", "--push_to_hub", "--hub_model_id a/b, --hub_token hf_1, --hub_private_repo"),
+    ("--use_ema", "--use_ema", "--ema_decay 0.9, --offload_ema, --foreach_ema, --save_non_ema"),
+    (
+        "--push_to_hub",
+        "--push_to_hub",
+        "--hub_model_id a/b, --hub_token hf_1, --hub_private_repo, --hub_strategy checkpoint",
+    ),
     (
         "--optimizer prodigy",
         "--optimizer prodigy",
@@ -245,12 +262,17 @@ def test_output_of_another_run_is_kept(refuse, tmp_path):
     (checkpoint / "training_state.json").write_text("{}")
     assert "holds another run: choose another folder, or continue it with --resume_from_checkpoint latest" in refuse()
     shutil.rmtree(checkpoint)
-    for name in ("model_index.json", "pytorch_lora_weights.safetensors"):
-        (tmp_path / "out" / name).write_text("{}")
+    for name in ("model_index.json", "pytorch_lora_weights.safetensors", "unet"):
+        if name == "unet":
+            (tmp_path / "out" / name).mkdir()
+            (tmp_path / "out" / name / "diffusion_pytorch_model.fp16-00001-of-00002.safetensors").touch()
+        else:
+            (tmp_path / "out" / name).write_text("{}")
         assert "holds a saved model" in refuse()
         assert "holds a saved model" in refuse("--resume_from_checkpoint", "latest")
         assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
-        (tmp_path / "out" / name).unlink()
+        if name != "unet":
+            (tmp_path / "out" / name).unlink()
 
 
 def test_the_commands_of_the_readme_are_accepted(tiny_sd, tiny_sdxl, photos, tmp_path, monkeypatch, all_installed):
@@ -279,7 +301,8 @@ EXAMPLES = {(flag, *entry["example"]) for flags in DIFFUSERS.values() for flag, 
 
 # What a flag is given together with.
 COMPANIONS = {
-    "--use_lora": "--rank --lora_alpha --lora_dropout --lora_layers --use_dora --train_text_encoder",
+    "--use_lora": "--rank --lora_alpha --lora_dropout --lora_layers --use_dora --train_text_encoder "
+    "--output_kohya_format",
     "--use_ema": "--offload_ema --foreach_ema",
     "--push_to_hub": "--hub_token --hub_model_id",
     "--center_crop": "--cache_latents",
@@ -436,6 +459,14 @@ def test_defaults_that_follow_from_other_flags(parse, all_installed, tiny_sdxl):
     assert parse(resolution=None, model=tiny_sdxl).resolution == 1024
     assert parse("--validation_prompt", "a fox").validation_prompts == ["a fox"]
     assert parse("--optimizer", "prodigy", "--prodigy_decouple", "False").prodigy_decouple is False
+    assert parse().save_dtype == ["fp32"] and parse().max_shard_size == "10GB" and parse().hub_strategy == "end"
+    # The first is what is drawn with.
+    assert parse("--save_dtype", "fp16", "bf16", "fp32", "fp16").save_dtype == ["fp32", "bf16", "fp16"]
+
+
+@pytest.mark.parametrize("size, count", [("5GB", 5e9), ("500mb", 5e8), ("1.5 TB", 1.5e12), ("100KB", 1e5)])
+def test_sizes_that_are_accepted_are_those_of_the_library(parse, size, count):
+    assert parse_size_to_int(parse("--max_shard_size", size).max_shard_size) == count
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,11 @@ def vae_of(family, folder, **config):
         ("Lumina2", "--rescale_betas_zero_snr", "--rescale_betas_zero_snr has no effect with flow matching"),
         ("QwenImage", "--lpl_num_blocks 5", "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks, give that or few"),
         ("Flux2Klein", "--lpl_num_blocks 5", "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks, give that or fe"),
+        *(
+            (model, "--use_lora --output_kohya_format", f"and FLUX.1, not for {model}Pipeline: leave it out")
+            for model in ("StableDiffusion3", "DiT", "PixArtSigma", *LATER)
+        ),
+        ("Flux", "--use_lora --use_dora --output_kohya_format", "the magnitudes of --use_dora as they are meant"),
     ],
 )
 def test_flags_that_do_not_fit_the_model(refuse, model, words, sentence):
@@ -525,6 +530,16 @@ def test_a_saved_adapter_is_kept(refuse, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_model.safetensors").touch()
     assert "holds a saved model: choose another folder" in refuse(model="DiT")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    (tmp_path / "out" / "transformer").mkdir()
+    (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").touch()
+    assert "holds a saved model: choose another folder" in refuse(model="DiT")
+
+
+def test_what_has_no_stock_pipeline_is_saved_whole(scratch):
+    message = scratch("--save_only_trained", config=CONFIGS / "mmdit-tiny.json")
+    assert "--save_only_trained: diffusers has no ClassConditionalPipeline, its code is in whole ones" in message
+    assert "--save_only_trained: there is no pipeline with the other parts" in scratch("--save_only_trained")
 
 
 def test_answers_come_before_the_libraries_load(tiny_pipeline, class_folders):
@@ -578,7 +593,8 @@ def test_the_commands_of_the_readme_are_accepted(tiny_pipeline, sd3, photos, cla
 MODELS = {  # what a flag needs
     "PixArtAlpha": "--prediction_type --timestep_bias_strategy --timestep_bias_multiplier --timestep_bias_portion "
     "--timestep_bias_begin --timestep_bias_end",
-    "Flux": "--guidance_scale --aspect_ratio_buckets",  # the small SD3 has positions for 1024 pixels only
+    "Flux": "--guidance_scale --aspect_ratio_buckets "  # the small SD3 has positions for 1024 pixels only
+    "--output_kohya_format",
 }
 COMPANIONS = {"--mode_scale": ["--weighting_scheme", "mode"], "--use_dora": ["--use_lora"]}
 COMPANIONS["--bnb_quantization_config_path"] = ["--use_lora"]

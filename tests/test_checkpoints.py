@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,28 @@ def test_the_flags_of_optimizer_and_schedule_count_and_are_told(train, capsys, m
     lr = {row["step"]: row["lr"] for row in read_log(output)}
     assert lr[3] == pytest.approx(2e-5 * 5 / 7) and lr[7] == pytest.approx(2e-5 / 7) and lr[8] == 0
     assert optimizers[0][0]["weight_decay"] == 0.5 and tuple(optimizers[0][0]["betas"]) == (0.9, 0.9)
+
+
+def test_a_checkpoint_has_the_log_and_the_time_that_was_spent(train, monkeypatch):
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr("checkpoints.time.monotonic", lambda: next(clock))
+    flags = ("--lpl_weight", 0, "--checkpointing_steps", 1)
+    output = train(*flags, steps=3)
+    states = [json.loads((output / f"checkpoint-{step}" / "training_state.json").read_text()) for step in (1, 2, 3)]
+    (device,) = states[0]["spent"]
+    assert "cpu" in device and states[0]["spent"][device] >= 100
+    for step, state in enumerate(states, start=1):
+        log = output / f"checkpoint-{step}" / "train_log.jsonl"
+        assert [row["step"] for row in map(json.loads, log.read_text().splitlines())] == [*range(1, step + 1)]
+        assert state["files"]["train_log.jsonl"] == log.stat().st_size
+    # On another machine the run goes on with the curve, from the time that was spent.
+    elsewhere = output.with_name("elsewhere")
+    shutil.copytree(output / "checkpoint-2", elsewhere / "checkpoint-2")
+    train(*flags, *LATEST, steps=3, name="elsewhere")
+    assert [row["step"] for row in read_log(elsewhere)] == [1, 2, 3]
+    assert read_log(elsewhere)[:2] == read_log(output)[:2]
+    spent = json.loads((elsewhere / "checkpoint-3" / "training_state.json").read_text())["spent"]
+    assert spent.keys() == {device} and spent[device] >= states[1]["spent"][device] + 100
 
 
 def test_nothing_is_told_if_nothing_changed(train, capsys):

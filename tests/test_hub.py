@@ -62,7 +62,7 @@ def flags(tmp_path, monkeypatch):
             hub_token=TOKEN, hub_model_id="tester/run", hub_private_repo=False, hub_strategy="checkpoint"
         )
         flags.output_dir, flags.logging_dir, flags.resume_from_checkpoint = str(tmp_path / "out"), "logs", None
-        flags.output, flags.hub = tmp_path / "out", stand_in
+        flags.output, flags.hub, flags.dry_run = tmp_path / "out", stand_in, False
         stand_in.repos |= {"someone/model": Repo(), "tester/public": Repo()}
         yield flags
     close_session()
@@ -263,6 +263,7 @@ def test_a_run_that_was_left_goes_from_the_repository(flags):
 
 def test_a_result_that_cannot_be_uploaded_is_said_with_what_is_missing(flags, capsys):
     write_checkpoint(flags.output, 2)
+    (flags.output / "model").write_text("trained")
     repository = the_hub.Hub(flags)
     flags.hub.fail_commits.add("tester/run")
     repository.add(flags.output / "checkpoint-2")

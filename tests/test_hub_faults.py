@@ -51,7 +51,7 @@ class WatchedHub(LoopbackHub):
         self._watched.append([pattern, do, count])
 
     def hold(self, pattern):
-        """The next request with this pattern, and all later ones, wait for the event that is returned."""
+        """The next request with this pattern waits for the event that is returned."""
         release = threading.Event()
         self.when(pattern, lambda: release.wait(PATIENCE))
         return release
@@ -60,7 +60,7 @@ class WatchedHub(LoopbackHub):
         return sum(bool(re.search(pattern, line)) for line in self.requests)
 
     def arrived(self, line):
-        due = []
+        fault, due = super().arrived(line), []
         with self._watching:
             for watched in [watched for watched in self._watched if re.search(watched[0], line)]:
                 watched[2] -= 1
@@ -69,7 +69,7 @@ class WatchedHub(LoopbackHub):
                     due.append(watched[1])
         for do in due:
             do()
-        return super().arrived(line)
+        return fault
 
     def answer(self, line, headers, body):
         if TOKEN.encode() in line.encode() + body:
@@ -291,7 +291,7 @@ def refused_repositories(place):
 def test_what_cannot_be_used_is_refused_before_anything_is_done(ended, name, sentence):
     hub, runs = ended
     run = runs[name]
-    assert re.search(sentence, run.error())
+    assert re.search(sentence, run.error(2 if sentence.startswith("--resume") else 1))
     assert "LPL applies" not in run.text and not run.output.exists()
     assert hub.repos.keys() == {"someone/model", MODEL, "someone/secret"}
     assert all(len(repo.history) == 1 for repo in hub.repos.values())
@@ -590,26 +590,49 @@ def test_a_second_interrupt_leaves_the_upload(ended):
     assert command.split()[-1] == f"checkpoint-{run.step}"
 
 
+def interrupted_at_the_end(place):
+    """Ctrl-C, once, while the last checkpoint goes up."""
+    hub = place.hub()
+    release = hub.hold("POST .*/commit/")
+    run = place.start(*CHECKPOINTS, hub=hub)
+    run.until_said("Waiting for the upload")
+    run.process.send_signal(signal.SIGINT)
+    try:
+        run.sentence = run.error(3)
+    finally:
+        release.set()
+    return hub, run
+
+
+@after(interrupted_at_the_end)
+def test_an_interrupt_at_the_end_leaves_the_upload_of_the_checkpoint_alone(ended):
+    hub, run = ended
+    assert WEIGHTS in hub.repos[MODEL].files
+    commands = re.findall(r"the result is at http\S+ What is missing: `(hf upload .*)`\.$", run.sentence)
+    assert [shlex.split(command)[4] for command in commands] == ["checkpoint-4"]
+
+
 # Elsewhere
 
 
 def elsewhere(place, *words, **settings):
-    """A run of 10 steps, one that SIGTERM ends with uploads waiting, and one that goes on with it on another machine.
+    """A run of 40 steps, one that SIGTERM ends with uploads waiting, and one that goes on with it on another machine.
 
     Returns the Hub and the three runs.
     """
-    whole = place.start(*words, push=False, name="whole", steps=10, **settings)
+    words = [*words, "--checkpointing_steps", 5]
+    whole = place.start(*words, push=False, name="whole", steps=40, **settings)
     whole.succeed()
     hub = place.hub()
-    release = hub.hold("POST .*/commit/")
-    first = place.start(*words, *ALL_CHECKPOINTS, hub=hub, name="first", steps=10, **settings)
-    first.until(lambda: hub.met("/commit/"))
+    release = hub.hold("POST .*/preupload/")
+    first = place.start(*words, *ALL_CHECKPOINTS, hub=hub, name="first", steps=40, **settings)
+    first.until(lambda: hub.met("/preupload/") and first.step > 5)
     first.process.send_signal(signal.SIGTERM)
     first.until_said("Waiting for the upload")
     release.set()
     first.succeed()
     resume = ["--resume_from_checkpoint", "hub", *ALL_CHECKPOINTS]
-    second = place.start(*words, *resume, hub=hub, name="second", steps=10, **settings)
+    second = place.start(*words, *resume, hub=hub, name="second", steps=40, **settings)
     return hub, whole, first, second.succeed()
 
 
@@ -629,7 +652,7 @@ def of_a_transformer(place):
 def test_uploads_are_finished_after_a_signal(ended):
     hub, _, first, second = ended
     assert "Stopped by SIGTERM" in first.text and "--resume_from_checkpoint hub" in first.text
-    assert 2 <= first.step < 10
+    assert 5 < first.step < 40
     assert f"checkpoint-{first.step} is uploaded to {MODEL}" in first.text
 
 
@@ -637,14 +660,14 @@ def test_uploads_are_finished_after_a_signal(ended):
 def test_on_another_machine_the_run_goes_on_bit_by_bit(ended):
     hub, whole, first, second = ended
     assert f"Resuming from {second.output}/checkpoint-{first.step} at step {first.step}" in second.text
-    assert rows(second.output) == rows(whole.output) and [row["step"] for row in rows(whole.output)] == [*range(1, 11)]
+    assert rows(second.output) == rows(whole.output) and [row["step"] for row in rows(whole.output)] == [*range(1, 41)]
     weights = [path.relative_to(whole.output) for path in whole.output.rglob("*.safetensors")]
     weights = [path for path in weights if not path.parts[0].startswith("checkpoint-")]
     assert weights
     for path in weights:
         assert_same_tensors(load_file(whole.output / path), load_file(second.output / path))
         assert (second.output / path).read_bytes() == hub.repos[MODEL].files[path.as_posix()]
-    assert_all_there(hub, second, sorted({2, 4, 6, 8, 10, first.step}), result=True)
+    assert_all_there(hub, second, sorted({*range(5, 41, 5), first.step}), result=True)
 
 
 def of_two_processes(place):
@@ -690,7 +713,7 @@ def test_a_broken_download_never_means_an_older_checkpoint(ended):
     run = ended["mended"].succeed()
     assert "checkpoint-4 at step 4" in run.text and [row["step"] for row in read_log(run.output)] == [*range(1, 7)]
     for name in ("for good", "away"):
-        assert re.search(r"--resume_from_checkpoint (tester/model|hub): ", ended[name].error())
+        assert re.search(r"--resume_from_checkpoint (tester/model|hub): ", ended[name].error(2))
         assert not (ended[name].output / "train_log.jsonl").exists()
 
 
