@@ -106,6 +106,8 @@ class Family:
         self.text_encoders = {name: encoder for name, encoder in self.text_encoders.items() if encoder is not None}
         self.pipe.scheduler = self._inference_scheduler(self.pipe.scheduler)
         self._set_noise_levels(self.pipe.scheduler)
+        if self._base_name != args.pretrained_model_name_or_path:
+            self.denoiser.register_to_config(_name_or_path=self._base_name)
 
         for module in (self.vae, *self.text_encoders.values()):
             module.requires_grad_(False).eval()
@@ -424,8 +426,6 @@ class Family:
         In every precision of --save_dtype. raw: weights that are not the average, to be saved besides, name -> tensor.
         """
         args = self.args
-        if self._base_name != args.pretrained_model_name_or_path:
-            self.denoiser.register_to_config(_name_or_path=self._base_name)
         if args.use_lora or args.save_only_trained:
             if args.prediction_type or args.rescale_betas_zero_snr:  # the base model's does not say so
                 self.pipe.scheduler.save_pretrained(Path(folder, "scheduler"))

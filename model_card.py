@@ -6,6 +6,21 @@ add_results         evaluation results, into the card's metadata and its text
 python model_card.py FOLDER --report report.json    adds what an evaluation has found to the card in a folder
 """
 
+from arguments import LOG_FILE, Parser, UserError, first_line, run
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("folder", help="the output folder of a training run")
+    parser.add_argument("--report", required=True, help="json file of evaluation results")
+    parser.add_argument("--model", help="which of the report's models this is, if it has several")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the libraries below take their seconds
+
+# ruff: noqa: E402
 import json
 import math
 import re
@@ -19,7 +34,6 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from arguments import LOG_FILE, Parser, UserError, first_line, run
 from family import NON_EMA, VARIANTS
 from kohya import KOHYA_FILE
 from loading import DTYPES, hub_flags
@@ -27,7 +41,7 @@ from model_checks import is_folder_name
 
 
 CARD, LOSSES, COMPARISON = "README.md", "loss.png", "samples/base_and_finetuned.jpg"
-LARGEST = 512  # pixels of a side of an image in the comparison
+LARGEST = 1024  # pixels of a side of an image in the comparison
 PAPER = "https://arxiv.org/abs/2411.04873"
 CITATION = """@inproceedings{berrada2025boosting,
   title     = {Boosting Latent Diffusion with Perceptual Objectives},
@@ -532,14 +546,6 @@ def is_finite(value):
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def parse_args(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("folder", help="the output folder of a training run")
-    parser.add_argument("--report", required=True, help="json file of evaluation results")
-    parser.add_argument("--model", help="which of the report's models this is, if it has several")
-    return parser.parse_args(argv)
-
-
 def main(args):
     try:
         report = json.loads(Path(args.report).read_text(encoding="utf-8"))
@@ -551,4 +557,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    run(main, args)

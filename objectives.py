@@ -109,7 +109,7 @@ def describe_lpl(args, family, lpl):
         "Outliers": masked,
     }
     if args.lpl_start_step:
-        facts["From step"] = args.lpl_start_step
+        facts["After step"] = args.lpl_start_step
     return facts
 
 

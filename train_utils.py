@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from transformers.integrations import unset_hf_deepspeed_config
 
 import interruption
-from arguments import LOG_FILE, UserError, first_line
+from arguments import LOG_FILE, NotUploaded, UserError, first_line
 from checkpoints import refuse_other_run, why_not_written
 from data_utils import all_captions, cache_latents, class_images, make_prior_stream
 from disk_cache import cache_embeddings_on_disk, cache_latents_on_disk
@@ -351,9 +351,8 @@ def finish(accelerator, args, family, checkpoints, facts):
         }
         write_model_card(args, family, training, facts, images, base_images)
         if interruption.received():
-            print(f"Not uploaded, because of {interruption.received()}: `{upload_command(args)}` does it.")
-        else:
-            print(f"Uploaded to {checkpoints.hub.push_result()}")
+            raise NotUploaded(f"{interruption.received()} came before the upload: `{upload_command(args)}` does it.")
+        print(f"Uploaded to {checkpoints.hub.push_result()}")
 
 
 def draw_all(args, family, load, *more):

@@ -128,7 +128,7 @@ def edit_config(model, tmp_path, part, **changes):
         (["--save_dtype"], "--save_dtype: expected at least one argument"),
         *(
             (["--max_shard_size", size], f"--max_shard_size {size} is no size: give one such as 5GB or 500MB")
-            for size in ("5", "5G", "GB", "0GB", "-1GB", "5GiB", "1,5GB", "5GB or so", "")
+            for size in ("5", "5G", "GB", "0GB", "5GiB", "1,5GB", "5GB or so", "")
         ),
         (["--resume_from_checkpoint", "hub"], "--resume_from_checkpoint hub goes on from the repository of --push_to"),
     ],

@@ -125,6 +125,15 @@ def test_a_hub_out_of_reach_is_one_sentence(flags, capsys):
     assert repo.files == {"model": b"trained"}
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_offline_mode_and_an_upload_exclude_each_other(flags, monkeypatch, resumed):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()
+    flags.resume_from_checkpoint = "out/checkpoint-2" if resumed else None
+    with pytest.raises(UserError, match="--push_to_hub: .*offline mode.*leave --push_to_hub out"):
+        the_hub.Hub(flags)
+
+
 def test_a_resumed_run_with_a_wrong_token_is_refused_too(flags):
     flags.hub_token, flags.resume_from_checkpoint = "hf_wrong", "out/checkpoint-2"
     with pytest.raises(UserError, match="--push_to_hub: .*Invalid credentials"):
@@ -198,6 +207,17 @@ def test_the_hub_says_how_long_to_wait(asked, waited):
 
     the_hub.persist(do, (2,), slept.append)
     assert slept == [waited]
+
+
+@pytest.mark.parametrize("where", ["POST .*/repos/create", "POST .*/preupload/", "PUT .*/lfs/", "POST .*/commit/"])
+def test_an_answer_that_does_not_come_is_asked_for_anew(flags, monkeypatch, where):
+    monkeypatch.setattr(the_hub, "ANSWER", 0.2)
+    flags.hub.faults.append(Fault(where, "slow", seconds=3))
+    repository = the_hub.Hub(flags)
+    repository.add(write_checkpoint(flags.output, 2))
+    repository.close()
+    assert sum(bool(re.match(where, line)) for line in flags.hub.requests) == 2
+    assert folders(flags.hub.repos["tester/run"]) == ["checkpoint-2"] and not repository.missing
 
 
 # What goes there
@@ -353,6 +373,13 @@ def test_an_incomplete_checkpoint_is_passed_over(flags, on_the_hub, capsys, dama
     assert not (flags.output / "checkpoint-4").exists()
 
 
+def test_what_is_damaged_here_comes_anew(flags, on_the_hub, tmp_path):
+    on_the_hub(4)
+    (write_checkpoint(flags.output, 4) / "unet" / "weights.safetensors").write_bytes(bytes(10))
+    assert resume(flags) == "checkpoint-4"
+    assert contents(flags.output / "checkpoint-4") == contents(tmp_path / "elsewhere" / "checkpoint-4")
+
+
 def test_the_hub_out_of_reach(flags, on_the_hub, capsys):
     on_the_hub(4)
     flags.hub.down()
@@ -439,6 +466,27 @@ def test_a_download_that_fails_is_not_another_checkpoint(flags, on_the_hub, wher
             resume(flags, wanted)
     flags.hub.faults.clear()
     assert resume(flags) == "checkpoint-4"
+
+
+def test_a_hub_that_goes_away_between_two_requests(flags, on_the_hub, monkeypatch, capsys):
+    """The client does not always say that it has downloaded nothing, if there is a folder."""
+    download = the_hub.snapshot_download
+
+    def too_late(**settings):
+        flags.hub.down()
+        return download(**settings)
+
+    monkeypatch.setattr(the_hub, "snapshot_download", too_late)
+    on_the_hub(4)
+    flags.output.mkdir()
+    (flags.output / "notes").write_text("mine")
+    for wanted in ("hub", "tester/run"):
+        with pytest.raises(UserError, match=f"--resume_from_checkpoint {wanted}: "):
+            resume(flags, wanted)
+        flags.hub.up()
+    write_checkpoint(flags.output, 2)
+    assert resume(flags) == "checkpoint-2"
+    assert "the Hub can't be asked" in capsys.readouterr().err
 
 
 # A run

@@ -230,7 +230,8 @@ def assert_all_there(hub, run, steps, result=True):
     assert checkpoints(repo.files) == list(steps)
     kept = [f"checkpoint-{step}" for step in steps]
     if result:
-        parts = RESULT if WEIGHTS in repo.files else ["README.md", "pytorch_lora_weights.safetensors"]
+        lora = [path.name for path in run.output.glob("*.safetensors")]
+        parts = ["README.md", *lora] if lora else RESULT
         assert {path.split("/")[0] for path in repo.files} >= {*parts}
         kept += parts
     for path in (path for name in kept for path in [run.output / name, *(run.output / name).rglob("*")]):
@@ -402,7 +403,7 @@ def down_at_the_start(place):
     place.start(push=False).succeed()
     hub = place.hub()
     hub.down()
-    words = [*ALL_CHECKPOINTS, "--resume_from_checkpoint", "latest"]
+    words = [*ALL_CHECKPOINTS, "--resume_from_checkpoint", "hub"]
     run = place.start(*words, hub=hub, steps=40)
     run.until_said("checkpoint-6 is not uploaded yet")
     hub.up()
@@ -412,6 +413,7 @@ def down_at_the_start(place):
 @after(down_at_the_start)
 def test_a_resumed_run_goes_on_without_the_hub_and_uploads_when_it_is_back(ended):
     hub, run = ended
+    assert re.search(r"^--resume_from_checkpoint hub: .*refused.*; going on from .*/checkpoint-4\.$", run.text, re.M)
     assert re.search(r"^--push_to_hub: .*refused.* The run goes on, and the upload is tried later\.$", run.text, re.M)
     assert_all_there(hub, run, range(6, 41, 2))
 
@@ -467,7 +469,8 @@ def test_the_commands_that_are_printed_do_what_was_not_done(ended):
     assert len(commands) == 2 and shlex.split(commands[1])[3] == str(run.output / "checkpoint-4")
     assert_all_there(hub, run, [4])
     assert hub.repos[MODEL].private
-    assert {path.split("/")[0] for path in hub.repos[MODEL].files} == {*RESULT, "checkpoint-4"}
+    uploaded = {path.split("/")[0] for path in hub.repos[MODEL].files}
+    assert uploaded == {path.name for path in run.output.iterdir()} - {"checkpoint-2", "train_log.jsonl"}
 
 
 def many_faults(place):
