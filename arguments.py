@@ -747,6 +747,10 @@ def check_output_dir(args):
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
+    for name in hub.OTHER_FILES if args.push_to_hub else ():
+        folder = getattr(args, name)
+        if folder and Path(folder).resolve() == output.resolve():
+            raise UserError(f"--{name} is --output_dir, which --push_to_hub uploads: name another --output_dir.")
     if wanted == "hub":  # the same command on any machine, at any time
         if not args.dry_run:
             hub.fetch_newest(args)

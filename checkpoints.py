@@ -161,10 +161,9 @@ class Checkpoints:
         check_data(accelerator, stream, folder, state)
         if state["streams"]:
             stream.load_state(state["streams"][accelerator.process_index % len(state["streams"])])
-        log = Path(self.args.output_dir, LOG_FILE)
-        if accelerator.is_main_process and not log.exists() and Path(folder, LOG_FILE).exists():
-            log.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(folder, LOG_FILE), log)
+        if accelerator.is_main_process and Path(folder, LOG_FILE).exists():  # whichever machine has written it
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder, LOG_FILE), Path(self.args.output_dir, LOG_FILE))
         groups = [dict(group) for group in self.weights.optimizer.param_groups]
         try:
             self.weights.load(folder, ema if state["has_ema"] else None)

@@ -8,6 +8,7 @@ Checkpoints go up in a thread and never disturb the run: what fails is tried aga
 reported once. Only the main process has a `Hub`.
 """
 
+import glob
 import json
 import os
 import re
@@ -16,11 +17,13 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
+from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import HfApi, RepoFolder, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session
 from huggingface_hub.utils.logging import set_verbosity_error
 from tqdm.auto import tqdm
@@ -28,6 +31,7 @@ from tqdm.auto import tqdm
 import interruption
 from arguments import (
     LAST_WORK,
+    LOG_FILE,
     STATE_FILE,
     NotUploaded,
     UserError,
@@ -45,6 +49,7 @@ AFTER_A_SIGNAL = (1, 2, 4)  # there may be half a minute left
 LONGEST_WAIT = 300  # while training goes on
 ANSWER = 300  # seconds for which nothing may come; the client itself would wait for ever
 OTHER_FILES = ("latent_cache_dir", "class_data_dir", "train_data_dir", "cache_dir")  # may be in the output folder
+LORA_FILES = "pytorch_lora_weights*.safetensors"
 
 
 class Hub:
@@ -58,7 +63,7 @@ class Hub:
         args.hub_model_id = args.hub_model_id or default_name(args)
         self._waiting, self._current = deque(), None  # folders
         self._change, self._closing, self._thread = threading.Condition(), False, None
-        self.missing = []  # checkpoints that are not on the Hub
+        self.uploaded, self.missing = set(), []  # names of checkpoints; folders of those that are not on the Hub
         self.was_left = False  # an upload, which then goes on in threads of the client's
         LAST_WORK.append(self.close)
         try:
@@ -153,7 +158,10 @@ class Hub:
                 self._current = folder = self._waiting.popleft()
             try:
                 persist(lambda: self._push_checkpoint(folder), self._waits(), self._pause, self._report)
+                self.uploaded.add(folder.name)
                 say(f"{folder.name} is uploaded to {self.args.hub_model_id}.")
+                if self.args.hub_strategy == "checkpoint":
+                    self.missing.clear()
             except Exception as error:  # whatever it is, training goes on
                 if self._superseded():
                     continue
@@ -174,7 +182,8 @@ class Hub:
             if self._superseded():
                 return
             if self._closing:
-                return (yield from self._last_waits())
+                yield from self._last_waits()
+                return
             yield min(2**attempt, LONGEST_WAIT)
 
     def _pause(self, seconds):
@@ -188,12 +197,20 @@ class Hub:
 
     def _push_checkpoint(self, folder):
         self.open()
-        repo_id, step = self.args.hub_model_id, checkpoint_step(folder)
-        message = f"Checkpoint of step {step}"
-        self.api.upload_folder(repo_id=repo_id, folder_path=folder, path_in_repo=folder.name, commit_message=message)
-        for path in remote_checkpoints(self.api, repo_id):  # older ones, or of a run that is left
-            if self.args.hub_strategy == "checkpoint" and path.name != folder.name or checkpoint_step(path) > step:
-                self.api.delete_folder(path.name, repo_id=repo_id, commit_message=f"{message} replaces {path.name}")
+        repo, message = {"repo_id": self.args.hub_model_id}, f"Checkpoint of step {checkpoint_step(folder)}"
+        files = {"folder_path": folder, "path_in_repo": folder.name, "delete_patterns": "*"}  # what another run had
+        self.api.upload_folder(**repo, **files, commit_message=message)
+        for path in remote_checkpoints(self.api, **repo):
+            if path.name != folder.name and not self._is_kept(path, checkpoint_step(folder)):
+                if path.name not in self.uploaded:
+                    say(f"{folder.name} replaces {path.name} of another run in {repo['repo_id']}.")
+                with suppress(EntryNotFoundError):
+                    self.api.delete_folder(path.name, **repo, commit_message=f"{message} replaces {path.name}")
+
+    def _is_kept(self, path, step):
+        """Whether a checkpoint in the repository is an earlier one of this run, and all of them are wanted."""
+        ours = path.name in self.uploaded or self.args.resume_from_checkpoint
+        return self.args.hub_strategy == "all_checkpoints" and ours and checkpoint_step(path) < step
 
     # The result
 
@@ -230,6 +247,7 @@ class Hub:
             repo_id=self.args.hub_model_id,
             folder_path=self.args.output_dir,
             ignore_patterns=not_uploaded(self.args),
+            delete_patterns=replaced(self.args),
             commit_message="End of training",
         )
 
@@ -319,12 +337,20 @@ def default_name(args):
 def not_uploaded(args):
     """Patterns of what stays on this machine: checkpoints, logs, and what was trained on."""
     output = Path(args.output_dir).resolve()
-    patterns = ["checkpoint-*", "tmp-*", ".*", f"{os.path.normpath(args.logging_dir)}/**", "train_log.jsonl"]
-    for name in OTHER_FILES:
-        folder = getattr(args, name, None)
-        if folder and output in Path(folder).resolve().parents:
-            patterns.append(f"{Path(folder).resolve().relative_to(output).as_posix()}/**")
+    patterns = ["checkpoint-*", "tmp-*", ".*", LOG_FILE, "*events.out.tfevents*"]
+    folders = [Path(getattr(args, name)) for name in OTHER_FILES if getattr(args, name, None)]
+    for folder in [output / args.logging_dir, *folders]:
+        if output in folder.resolve().parents:
+            patterns.append(glob.escape(folder.resolve().relative_to(output).as_posix()) + "/*")
     return patterns
+
+
+def replaced(args):
+    """Patterns of what an older result may have left in the repository: other shards, variants, formats."""
+    folders = [path.name for path in Path(args.output_dir).iterdir() if path.is_dir()]
+    kept = not_uploaded(args)
+    folders = [name for name in folders if not any(fnmatch(f"{name}/x", pattern) for pattern in kept)]
+    return [LORA_FILES, *sorted(f"{glob.escape(name)}/*" for name in folders)]
 
 
 def upload_command(args, checkpoint=None):
@@ -333,7 +359,9 @@ def upload_command(args, checkpoint=None):
     if checkpoint is not None:
         words += [checkpoint, checkpoint.name]
     else:
-        words += [args.output_dir, "."] + [word for pattern in not_uploaded(args) for word in ("--exclude", pattern)]
+        words += [args.output_dir, "."]
+        words += [word for pattern in not_uploaded(args) for word in ("--exclude", pattern)]
+        words += [word for pattern in replaced(args) for word in ("--delete", pattern)]
     return shlex.join(map(str, words + ["--private"] * args.hub_private_repo))
 
 
@@ -417,9 +445,9 @@ def fetch(args, repo_id, checkpoint=None, after=-1, check=lambda folder: None):
     for path in sorted(paths, key=checkpoint_step, reverse=True):
         if checkpoint not in (None, path.name):
             continue
-        state = read_training_state(Path(hf_hub_download(filename=f"{path}/{STATE_FILE}", **source)).parent)
+        files = listed_files(hf_hub_download(filename=f"{path}/{STATE_FILE}", **source))
         # An upload that was broken off may have left a part: large folders go up in several commits.
-        if all(sizes.get(f"{path}/{name}") == size for name, size in state["files"].items()):
+        if files and all(sizes.get(f"{path}/{name}") == size for name, size in files.items()):
             folder = Path(args.output_dir, path)
             check(folder)
             print(f"Downloading {path} of {repo_id}.", file=sys.stderr)
@@ -430,6 +458,14 @@ def fetch(args, repo_id, checkpoint=None, after=-1, check=lambda folder: None):
         print(f"{repo_id}: {path} is not complete and passed over.", file=sys.stderr)
 
 
+def listed_files(state_file):
+    """Name -> size of the files of a checkpoint, empty if that is not what the file says."""
+    try:
+        return dict(read_training_state(Path(state_file).parent)["files"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return {}
+
+
 def remote_checkpoints(api, repo_id):
-    paths = (Path(item.path) for item in api.list_repo_tree(repo_id))
+    paths = (Path(item.path) for item in api.list_repo_tree(repo_id) if isinstance(item, RepoFolder))
     return [path for path in paths if checkpoint_step(path) is not None]

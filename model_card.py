@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
@@ -421,9 +422,10 @@ def draw_losses(log, path, args):
 
 def smoothed(values):
     """Means over the last tenth of the run, at each point."""
-    window = max(1, len(values) // 10)
-    parts = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
-    return [sum(part) / len(part) for part in parts]
+    window, sums = max(1, len(values) // 10), np.cumsum([0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 # The code of the card
