@@ -637,8 +637,15 @@ def check_data(args):
         raise UserError(f"--latent_cache_dir {args.latent_cache_dir} is a file: name a folder.")
 
 
+INPUT_FOLDERS = "train_data_dir class_data_dir latent_cache_dir cache_dir".split()
+
+
 def check_result(args):
     """How the result is saved and uploaded."""
+    for name in INPUT_FOLDERS if args.push_to_hub else ():
+        folder = getattr(args, name)
+        if folder and Path(folder).resolve() == Path(args.output_dir).resolve():
+            raise UserError(f"--{name} is --output_dir, which --push_to_hub uploads: name another --output_dir.")
     if args.use_lora:
         check_unused(args, ["--save_only_trained", "--max_shard_size"], "--use_lora")
         if args.output_kohya_format and args.use_dora:
@@ -747,10 +754,6 @@ def check_output_dir(args):
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
-    for name in hub.OTHER_FILES if args.push_to_hub else ():
-        folder = getattr(args, name)
-        if folder and Path(folder).resolve() == output.resolve():
-            raise UserError(f"--{name} is --output_dir, which --push_to_hub uploads: name another --output_dir.")
     if wanted == "hub":  # the same command on any machine, at any time
         if not args.dry_run:
             hub.fetch_newest(args)

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 import interruption
 from arguments import (
+    INPUT_FOLDERS,
     LAST_WORK,
     LOG_FILE,
     STATE_FILE,
@@ -48,7 +49,6 @@ AT_END = (1, 2, 4, 8, 16, 32, 60)
 AFTER_A_SIGNAL = (1, 2, 4)  # there may be half a minute left
 LONGEST_WAIT = 300  # while training goes on
 ANSWER = 300  # seconds for which nothing may come; the client itself would wait for ever
-OTHER_FILES = ("latent_cache_dir", "class_data_dir", "train_data_dir", "cache_dir")  # may be in the output folder
 LORA_FILES = "pytorch_lora_weights*.safetensors"
 
 
@@ -338,7 +338,7 @@ def not_uploaded(args):
     """Patterns of what stays on this machine: checkpoints, logs, and what was trained on."""
     output = Path(args.output_dir).resolve()
     patterns = ["checkpoint-*", "tmp-*", ".*", LOG_FILE, "*events.out.tfevents*"]
-    folders = [Path(getattr(args, name)) for name in OTHER_FILES if getattr(args, name, None)]
+    folders = [Path(getattr(args, name)) for name in INPUT_FOLDERS if getattr(args, name, None)]
     for folder in [output / args.logging_dir, *folders]:
         if output in folder.resolve().parents:
             patterns.append(glob.escape(folder.resolve().relative_to(output).as_posix()) + "/*")

@@ -272,13 +272,32 @@ def test_a_new_checkpoint_replaces_the_older_ones(flags):
     ]
 
 
-def test_a_run_that_was_left_goes_from_the_repository(flags):
+@pytest.mark.parametrize("resumed, kept", [(True, ["checkpoint-2"]), (False, [])])
+def test_a_run_that_was_left_goes_from_the_repository(flags, capsys, resumed, kept):
     flags.hub_strategy = "all_checkpoints"
-    flags.hub.repos["tester/run"] = Repo(files={f"checkpoint-{step}/training_state.json": b"{}" for step in (2, 4, 6)})
+    flags.resume_from_checkpoint = "checkpoint-2" if resumed else None
+    files = {f"checkpoint-{step}/training_state.json": b"{}" for step in (2, 4, 6)}
+    flags.hub.repos["tester/run"] = Repo(files={**files, "checkpoint-9": b"a file", "checkpoint-3/old": b"goes"})
     repository = the_hub.Hub(flags)
     repository.add(write_checkpoint(flags.output, 3))
+    repository.add(write_checkpoint(flags.output, 5))
     repository.close()
-    assert folders(flags.hub.repos["tester/run"]) == ["checkpoint-2", "checkpoint-3"]
+    assert folders(flags.hub.repos["tester/run"]) == [*kept, "checkpoint-3", "checkpoint-5", "checkpoint-9"]
+    assert "checkpoint-3/old" not in flags.hub.repos["tester/run"].files
+    said = re.findall(r"(checkpoint-3 replaces checkpoint-\d) of another run in tester/run", capsys.readouterr().err)
+    assert len(said) == 3 - len(kept)
+
+
+def test_an_older_result_leaves_nothing_behind(flags):
+    shards = ["index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
+    old = {f"unet/{name}": b"old" for name in shards} | {"pytorch_lora_weights_kohya.safetensors": b"old"}
+    flags.hub.repos["tester/run"] = Repo(files={**old, "notes/mine.txt": b"stays", "logs/mine.txt": b"stays"})
+    for folder in ("unet", "logs"):
+        (flags.output / folder).mkdir(parents=True)
+    (flags.output / "unet" / "new").write_text("trained")
+    (flags.output / "logs" / "new").write_text("seen here only")
+    the_hub.Hub(flags).push_result()
+    assert sorted(flags.hub.repos["tester/run"].files) == ["logs/mine.txt", "notes/mine.txt", "unet/new"]
 
 
 def test_a_result_that_cannot_be_uploaded_is_said_with_what_is_missing(flags, capsys):
