@@ -663,7 +663,7 @@ def check_result(args):
             raise UserError("--hub_token is empty or has characters that no token has: copy it anew.")
         print(
             "--hub_token: other users of this machine can see it, and `accelerate launch` prints it should the run "
-            "fail; `hf auth login` or the variable HF_TOKEN keep it secret.",
+            "fail; `hf auth login` or the variable HF_TOKEN keep it to yourself.",
             file=sys.stderr,
         )
     if args.resume_from_checkpoint == "hub" and not args.push_to_hub:
@@ -784,6 +784,8 @@ def check_output_dir(args):
     elif wanted:
         folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
         if folder is None and hub.is_checkpoint_on_the_hub(wanted):
+            if args.dry_run:
+                raise UserError(f"--dry_run downloads no checkpoint: leave out --resume_from_checkpoint {wanted}.")
             folder = hub.fetch_checkpoint(args, wanted, occupied=finished)
             checkpoints, damaged = complete_checkpoints(output), []
         if folder is None:

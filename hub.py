@@ -46,9 +46,10 @@ from arguments import (
 
 AT_START = (1, 2, 4)  # seconds between attempts
 AT_END = (1, 2, 4, 8, 16, 32, 60)
-AFTER_A_SIGNAL = (1, 2, 4)  # there may be half a minute left
+AFTER_A_SIGNAL = (1, 2, 4)
+LAST_ATTEMPT, LAST_AFTER_A_SIGNAL = 180, 15  # seconds from the first of them on
 LONGEST_WAIT = 300  # while training goes on
-ANSWER = 300  # seconds for which nothing may come; the client itself would wait for ever
+CONNECTING, ANSWER = 10, 300  # seconds for which nothing may come; the client itself would wait for ever
 LORA_FILES = "pytorch_lora_weights*.safetensors"
 
 
@@ -69,14 +70,14 @@ class Hub:
         try:
             persist(self.open, AT_START)
         except UserError as error:
-            if not (args.resume_from_checkpoint and may_pass(error.__cause__)):
+            if not (args.resume_from_checkpoint and may_pass(error)):
                 raise
-            print(f"{error} The run goes on, and the upload is tried later.", file=sys.stderr)
+            print(f"{error} The run goes on, and so do the attempts.", file=sys.stderr)
 
     def open(self):
         """Create the repository if there is none; sets `args.hub_model_id` to the full name."""
         args, name = self.args, self.args.hub_model_id
-        get_session().timeout = ANSWER
+        limit_waiting()
         if self.is_open:
             self.api.model_info(name)  # out of reach, it says so at once, while an upload tries for half a minute
             return
@@ -88,9 +89,11 @@ class Hub:
             self.api.auth_check(args.hub_model_id, write=True)
             public = args.hub_private_repo and not self.api.model_info(args.hub_model_id).private
         except (HTTPError, OSError, ValueError) as error:
+            remedy = "log in with `hf auth login`, give --hub_token and --hub_model_id"
+            remedy = "try again later" if may_pass(error) else remedy
             raise UserError(
-                f"--push_to_hub: there is no writing to the repository {name} ({reason(error, args)}): log in with "
-                "`hf auth login`, give --hub_token and --hub_model_id, or leave --push_to_hub out."
+                f"--push_to_hub: there is no writing to the repository {name} ({reason(error, args)}): {remedy}, or "
+                "leave --push_to_hub out."
             ) from error
         if public:
             raise UserError(
@@ -201,16 +204,18 @@ class Hub:
         files = {"folder_path": folder, "path_in_repo": folder.name, "delete_patterns": "*"}  # what another run had
         self.api.upload_folder(**repo, **files, commit_message=message)
         for path in remote_checkpoints(self.api, **repo):
-            if path.name != folder.name and not self._is_kept(path, checkpoint_step(folder)):
-                if path.name not in self.uploaded:
-                    say(f"{folder.name} replaces {path.name} of another run in {repo['repo_id']}.")
-                with suppress(EntryNotFoundError):
-                    self.api.delete_folder(path.name, **repo, commit_message=f"{message} replaces {path.name}")
+            ours = self._is_ours(path, checkpoint_step(folder))
+            if path.name == folder.name or ours and self.args.hub_strategy == "all_checkpoints":
+                continue
+            if not ours:
+                say(f"{folder.name} replaces {path.name} of another run in {repo['repo_id']}.")
+            with suppress(EntryNotFoundError):
+                self.api.delete_folder(path.name, **repo, commit_message=f"{message} replaces {path.name}")
 
-    def _is_kept(self, path, step):
-        """Whether a checkpoint in the repository is an earlier one of this run, and all of them are wanted."""
+    def _is_ours(self, path, step):
+        """Whether a checkpoint in the repository was made on the way to this step."""
         ours = path.name in self.uploaded or self.args.resume_from_checkpoint
-        return self.args.hub_strategy == "all_checkpoints" and ours and checkpoint_step(path) < step
+        return ours and checkpoint_step(path) < step
 
     # The result
 
@@ -235,9 +240,10 @@ class Hub:
         return commit
 
     def _last_waits(self):
-        before = interruption.received()
+        started, before = time.monotonic(), interruption.received()
+        limit = LAST_ATTEMPT if before is None else LAST_AFTER_A_SIGNAL
         for wait in AT_END if before is None else AFTER_A_SIGNAL:
-            if interruption.received() != before:
+            if interruption.received() != before or time.monotonic() - started > limit:
                 return
             yield wait
 
@@ -261,6 +267,11 @@ class Hub:
 
 def say(text):
     tqdm.write(text, file=sys.stderr)
+
+
+def limit_waiting():
+    session = get_session()
+    session.timeout = type(session.timeout)(ANSWER, connect=CONNECTING)
 
 
 def sleep(seconds):
@@ -426,7 +437,7 @@ def fetch_checkpoint(args, name, occupied):
 
 
 def own_repository(args):
-    get_session().timeout = ANSWER
+    limit_waiting()
     name = args.hub_model_id or default_name(args)
     return name if "/" in name else f"{HfApi(token=args.hub_token).whoami()['name']}/{name}"
 
@@ -436,7 +447,7 @@ def fetch(args, repo_id, checkpoint=None, after=-1, check=lambda folder: None):
 
     `check` is called with its folder before. Returns the folder, None if there is none.
     """
-    get_session().timeout = ANSWER
+    limit_waiting()
     api = HfApi(token=args.hub_token)
     source = {"repo_id": repo_id, "revision": api.model_info(repo_id).sha, "token": args.hub_token}
     sizes = {item.path: item.size for item in api.list_repo_tree(**source, recursive=True) if hasattr(item, "size")}

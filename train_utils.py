@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import count, islice
@@ -349,6 +349,8 @@ def finish(accelerator, args, family, checkpoints, facts):
             "Mixed precision": accelerator.mixed_precision,
             "Hardware": "; ".join(times),
         }
+        with suppress(Exception):  # the card needs the owner's name, which a Hub out of reach has not told yet
+            checkpoints.hub.open()
         write_model_card(args, family, training, facts, images, base_images)
         if interruption.received():
             raise NotUploaded(f"{interruption.received()} came before the upload: `{upload_command(args)}` does it.")

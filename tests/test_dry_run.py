@@ -335,7 +335,7 @@ def test_every_setting_is_printed_once_as_it_was_resolved(run, capsys):
     flags = ("--use_ema", "--push_to_hub", "--hub_token", "hf_secret", "--no-lpl_outlier_mask", "--lpl_start_step", 1)
     run(*flags, "--validation_prompts", "a fox", "a boat", "--mixed_precision", "bf16", *SHORT)
     captured = capsys.readouterr()
-    assert "secret" not in captured.out + captured.err
+    assert "hf_secret" not in captured.out + captured.err
     given, defaults = captured.out.split("Settings by default")
     names = re.findall(r"^  --(\w+) ", captured.out, flags=re.MULTILINE)
     assert len(names) == len(set(names)) > 40
