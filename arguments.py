@@ -637,15 +637,8 @@ def check_data(args):
         raise UserError(f"--latent_cache_dir {args.latent_cache_dir} is a file: name a folder.")
 
 
-INPUT_FOLDERS = "train_data_dir class_data_dir latent_cache_dir cache_dir".split()
-
-
 def check_result(args):
     """How the result is saved and uploaded."""
-    for name in INPUT_FOLDERS if args.push_to_hub else ():
-        folder = getattr(args, name)
-        if folder and Path(folder).resolve() == Path(args.output_dir).resolve():
-            raise UserError(f"--{name} is --output_dir, which --push_to_hub uploads: name another --output_dir.")
     if args.use_lora:
         check_unused(args, ["--save_only_trained", "--max_shard_size"], "--use_lora")
         if args.output_kohya_format and args.use_dora:
@@ -754,6 +747,7 @@ def check_output_dir(args):
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
+    said = f"--resume_from_checkpoint {wanted}"
     if wanted == "hub":  # the same command on any machine, at any time
         if not args.dry_run:
             hub.fetch_newest(args)
@@ -761,7 +755,7 @@ def check_output_dir(args):
     checkpoints = complete_checkpoints(output)
     damaged = [(folder, reason) for folder in all_checkpoints(output)[::-1] if (reason := damage(folder))]
     results = "model_index.json pytorch_lora_weights.safetensors adapter_model.safetensors".split()
-    results += [f"{part}/diffusion_pytorch_model*.safetensors" for part in ("unet", "transformer")]
+    results += "*/diffusion_pytorch_model*.safetensors */model*.safetensors */scheduler_config.json".split()
     finished = any(path for name in results for path in output.glob(name))
     if wanted is None and (checkpoints or damaged):
         raise UserError(
@@ -772,24 +766,21 @@ def check_output_dir(args):
         raise UserError(f"--output_dir {output} holds a saved model: choose another folder.")
     if wanted == "latest":
         for folder, reason in damaged:
-            print(f"--resume_from_checkpoint latest: {folder} is damaged ({reason}) and passed over.", file=sys.stderr)
+            print(f"{said}: {folder} is damaged ({reason}) and passed over.", file=sys.stderr)
         if damaged and not checkpoints:
-            raise UserError(
-                f"--resume_from_checkpoint latest: no checkpoint in {output} is complete; start anew with "
-                "another --output_dir."
-            )
+            raise UserError(f"{said}: no checkpoint in {output} is complete; start anew with another --output_dir.")
         if not checkpoints:
-            print(f"--resume_from_checkpoint latest: no checkpoint in {output} yet, starting at step 0.")
+            print(f"{said}: no checkpoint in {output} yet, starting at step 0.")
         args.resume_from_checkpoint = str(checkpoints[-1]) if checkpoints else None
     elif wanted:
         folder = next((path for path in (Path(wanted), output / wanted) if path.is_dir()), None)
         if folder is None and hub.is_checkpoint_on_the_hub(wanted):
             if args.dry_run:
-                raise UserError(f"--dry_run downloads no checkpoint: leave out --resume_from_checkpoint {wanted}.")
+                raise UserError(f"--dry_run downloads no checkpoint: leave out {said}.")
             folder = hub.fetch_checkpoint(args, wanted, occupied=finished)
             checkpoints, damaged = complete_checkpoints(output), []
         if folder is None:
-            raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder; `latest` finds the newest.")
+            raise UserError(f"{said}: there is no such folder; `latest` finds the newest.")
         if reason := damage(folder):
             raise UserError(f"--resume_from_checkpoint {folder} is damaged ({reason}): choose another checkpoint.")
         elsewhere = folder.resolve().parent != output.resolve()

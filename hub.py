@@ -8,7 +8,6 @@ Checkpoints go up in a thread and never disturb the run: what fails is tried aga
 reported once. Only the main process has a `Hub`.
 """
 
-import glob
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
 
@@ -30,9 +28,7 @@ from tqdm.auto import tqdm
 
 import interruption
 from arguments import (
-    INPUT_FOLDERS,
     LAST_WORK,
-    LOG_FILE,
     STATE_FILE,
     NotUploaded,
     UserError,
@@ -219,18 +215,19 @@ class Hub:
 
     # The result
 
-    def push_result(self):
-        """Upload the output folder without checkpoints and logs; returns the address of the commit.
+    def push_result(self, files):
+        """Upload what the patterns `files` name in the output folder; returns the address of the commit.
 
         Raises NotUploaded, which says how to do by hand what could not be done.
         """
         self.close()
         enable_progress_bars()
         try:
-            commit = persist(self._push_result, self._last_waits(), sleep)
+            commit = persist(lambda: self._push_result(files), self._last_waits(), sleep)
         except (Exception, KeyboardInterrupt) as error:  # whatever the network, the Hub and its storage make of it
             self.was_left |= isinstance(error, KeyboardInterrupt)
-            where, command = self.args.output_dir, upload_command(self.args)
+            where = self.args.output_dir
+            command = upload_command(self.args, where, files)
             raise NotUploaded(
                 f"the upload failed ({reason(error, self.args)}); the result is safe in {where}. When the Hub is in "
                 f"reach and you are logged in (`hf auth login`): `{command}`.{self._how_to_upload_the_missing()}"
@@ -247,13 +244,13 @@ class Hub:
                 return
             yield wait
 
-    def _push_result(self):
+    def _push_result(self, files):
         self.open()
         return self.api.upload_folder(
             repo_id=self.args.hub_model_id,
             folder_path=self.args.output_dir,
-            ignore_patterns=not_uploaded(self.args),
-            delete_patterns=replaced(self.args),
+            allow_patterns=files,
+            delete_patterns=replaced(files),
             commit_message="End of training",
         )
 
@@ -345,35 +342,18 @@ def default_name(args):
     return Path(args.output_dir).resolve().name
 
 
-def not_uploaded(args):
-    """Patterns of what stays on this machine: checkpoints, logs, and what was trained on."""
-    output = Path(args.output_dir).resolve()
-    patterns = ["checkpoint-*", "tmp-*", ".*", LOG_FILE, "*events.out.tfevents*"]
-    folders = [Path(getattr(args, name)) for name in INPUT_FOLDERS if getattr(args, name, None)]
-    for folder in [output / args.logging_dir, *folders]:
-        if output in folder.resolve().parents:
-            patterns.append(glob.escape(folder.resolve().relative_to(output).as_posix()) + "/*")
-    return patterns
-
-
-def replaced(args):
-    """Patterns of what an older result may have left in the repository: other shards, variants, formats."""
-    folders = [path.name for path in Path(args.output_dir).iterdir() if path.is_dir()]
-    kept = not_uploaded(args)
-    folders = [name for name in folders if not any(fnmatch(f"{name}/x", pattern) for pattern in kept)]
-    return [LORA_FILES, *sorted(f"{glob.escape(name)}/*" for name in folders)]
-
-
-def upload_command(args, checkpoint=None):
-    """What uploads the result, or a checkpoint, by hand."""
-    words = ["hf", "upload", args.hub_model_id]
-    if checkpoint is not None:
-        words += [checkpoint, checkpoint.name]
-    else:
-        words += [args.output_dir, "."]
-        words += [word for pattern in not_uploaded(args) for word in ("--exclude", pattern)]
-        words += [word for pattern in replaced(args) for word in ("--delete", pattern)]
+def upload_command(args, folder, files=()):
+    """What uploads files (patterns) of the output folder, or a checkpoint, by hand."""
+    inside = "." if files else folder.name
+    words = ["hf", "upload", args.hub_model_id, folder, inside]
+    words += [word for pattern in files for word in ("--include", pattern)]
+    words += [word for pattern in replaced(files) for word in ("--delete", pattern)]
     return shlex.join(map(str, words + ["--private"] * args.hub_private_repo))
+
+
+def replaced(files):
+    """Patterns of what an older result may have left in the repository: other shards, variants, formats."""
+    return [*files, LORA_FILES] if files else []
 
 
 # Going on from the Hub

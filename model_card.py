@@ -6,7 +6,7 @@ add_results         evaluation results, into the card's metadata and its text
 python model_card.py FOLDER --report report.json    adds what an evaluation has found to the card in a folder
 """
 
-from arguments import LOG_FILE, Parser, UserError, first_line, run
+from arguments import LOG_FILE, Parser, UserError, all_checkpoints, first_line, run
 
 
 def parse_args(argv=None):
@@ -42,7 +42,7 @@ from model_checks import is_folder_name
 
 
 CARD, LOSSES, COMPARISON = "README.md", "loss.png", "samples/base_and_finetuned.jpg"
-LARGEST = 1024  # pixels of a side of an image in the comparison
+LARGEST, MOST_PROMPTS, MOST_IMAGES = 1024, 8, 4  # pixels of a side of an image in the comparison, rows, columns
 PAPER = "https://arxiv.org/abs/2411.04873"
 CITATION = """@inproceedings{berrada2025boosting,
   title     = {Boosting Latent Diffusion with Perceptual Objectives},
@@ -221,16 +221,19 @@ def show_images(args, images, base_images):
     for i in range(len(prompts)):
         mine, number = slice(i * per_prompt, (i + 1) * per_prompt), f"{i + 1} " if len(prompts) > 1 else ""
         save_image(images[mine][0], Path(args.output_dir, image_name(i)))
-        rows += [base_images[mine], images[mine]] if base_images else [images[mine]]
+        if i >= MOST_PROMPTS:
+            continue
+        rows += [part[mine][:MOST_IMAGES] for part in (base_images, images) if part]
         labels += [f"{number}base", f"{number}finetuned"] if base_images else [number.strip()]
     save_image(labelled_grid(rows, labels), Path(args.output_dir, COMPARISON))
     what = "The base model above, this one below, with the same seeds" if base_images else "Samples"
     settings = [f"{what}; {args.validation_inference_steps} steps"]
     if args.validation_guidance_scale is not None:
         settings += [f"guidance {args.validation_guidance_scale:g}"]
-    first, last = args.seed, args.seed + per_prompt - 1
+    first, last = args.seed, args.seed + min(per_prompt, MOST_IMAGES) - 1
     settings += [f"seed {first}" if first == last else f"seeds {first} to {last}"]
     kind = "prompts" if args.num_classes is None else "classes"
+    kind = f"first {MOST_PROMPTS} of these {kind}" if len(prompts) > MOST_PROMPTS else kind
     numbered = "\n".join(f"{i + 1}. {escaped(prompt) or '(empty)'}" for i, prompt in enumerate(prompts))
     return f"![Samples]({COMPARISON})\n\n{', '.join(settings)}. The {kind}:\n\n{numbered}"
 
@@ -269,7 +272,7 @@ def describe_files(args, family):
         lines += [f"without averaging: `{where}`"]
     if args.output_kohya_format:
         lines += [f"for ComfyUI, A1111, Forge and kohya's scripts: `{KOHYA_FILE}`"]
-    if args.push_to_hub and args.hub_strategy != "end":
+    if args.push_to_hub and args.hub_strategy != "end" and all_checkpoints(args.output_dir):
         lines += ["to go on with the training: the `checkpoint-` folders"]
     return "\n".join(["## Other files", "", *(f"- {line}" for line in lines)]) if lines else ""
 

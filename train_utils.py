@@ -12,6 +12,7 @@ import secrets
 import shutil
 import sys
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -316,6 +317,9 @@ def draw(accelerator, args, family, weights, ema, step):
         show_samples(accelerator, args, [image for _, image in images], step)
 
 
+SAMPLES = [f"samples/{name}" for name in ("step-*.png", "final.png", "prompt-*.jpg", "base_and_finetuned.jpg")]
+
+
 def finish(accelerator, args, family, checkpoints, facts):
     """The result, with the average weights if there are any; then what its user does: load it, draw, share it.
 
@@ -331,7 +335,7 @@ def finish(accelerator, args, family, checkpoints, facts):
     accelerator.state.destroy_process_group()
     if not accelerator.is_main_process:
         return
-    save_result(args, family, raw)
+    files = save_result(args, family, raw)
     weights.optimizer.state.clear()  # its memory is free for what is drawn
     accelerator.print(f"Saved to {args.output_dir}; load it with {family.loader}.")
     images, base_images = [], []
@@ -351,18 +355,27 @@ def finish(accelerator, args, family, checkpoints, facts):
         }
         with suppress(Exception):  # the card needs the owner's name, which a Hub out of reach has not told yet
             checkpoints.hub.open()
-        write_model_card(args, family, training, facts, images, base_images)
+        try:
+            write_model_card(args, family, training, facts, images, base_images)
+        except Exception:  # whatever it is, the result is worth more
+            traceback.print_exc()
+        files += ["README.md", "loss.png", *SAMPLES]
         if interruption.received():
-            raise NotUploaded(f"{interruption.received()} came before the upload: `{upload_command(args)}` does it.")
-        print(f"Uploaded to {checkpoints.hub.push_result()}")
+            command = upload_command(args, args.output_dir, files)
+            raise NotUploaded(f"{interruption.received()} came before the upload: `{command}` does it.")
+        print(f"Uploaded to {checkpoints.hub.push_result(files)}")
 
 
 def draw_all(args, family, load, *more):
     """PIL images of the validation prompts by what `load` gives; none after a signal, or from scratch."""
     if interruption.received():
         return []
-    draw, tasks = load(*more), drawing_tasks(args, family)
-    images = [task(draw) for task in tasks if draw is not None and not interruption.received()]
+    try:
+        draw, tasks = load(*more), drawing_tasks(args, family)
+        images = [task(draw) for task in tasks if draw is not None and not interruption.received()]
+    except torch.OutOfMemoryError as error:
+        print(f"The validation prompts are not drawn: {first_line(error)}", file=sys.stderr)
+        return []
     return images if len(images) == len(tasks) else []
 
 
@@ -370,16 +383,17 @@ def draw_base(args, family):
     """The same of the model before it was trained; the card can do without."""
     try:
         return draw_all(args, family, family.load_base)
-    except (UserError, torch.OutOfMemoryError) as error:
-        print(f"The model card has no images of the base model: {first_line(error)}")
+    except UserError as error:
+        print(f"The model card has no images of the base model: {first_line(error)}", file=sys.stderr)
         return []
 
 
 def save_result(args, family, raw=None):
     """The result appears in the output folder when it is complete, or as far as the base model is in reach.
 
-    raw: weights to save besides, if those of the result are an average: name -> tensor.
+    raw: weights to save besides, if those of the result are an average: name -> tensor. Returns patterns of its files.
     """
+    files = []
     with TemporaryDirectory(dir=args.output_dir, prefix="tmp-result-") as folder:
         failure = None
         try:
@@ -394,9 +408,11 @@ def save_result(args, family, raw=None):
         for name in (KOHYA_FILE, NON_EMA_LORA, NON_EMA):  # an older result's, which may not be made again
             replace_path(None, Path(args.output_dir, name))
         for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "model_index.json"):  # it comes last
+            files.append(f"{path.name}/*" if path.is_dir() else path.name)
             replace_path(path, Path(args.output_dir, path.name))
         if failure is not None:
             raise failure
+    return files
 
 
 def drawing_tasks(args, family):

@@ -22,6 +22,7 @@ from safetensors.torch import load, load_file
 from tiny_models import build_tiny_vae
 
 import hub as the_hub
+import train_utils
 from arguments import NotUploaded, UserError, check_output_dir
 
 
@@ -116,11 +117,11 @@ def test_a_hub_out_of_reach_is_one_sentence(flags, capsys):
         the_hub.Hub(flags)
     flags.resume_from_checkpoint = "out/checkpoint-2"
     repository = the_hub.Hub(flags)
-    assert re.search(r"refused.* The run goes on, and the upload is tried later\.\n$", capsys.readouterr().err)
+    assert re.search(r"refused.* The run goes on, and so do the attempts\.\n$", capsys.readouterr().err)
     flags.hub.up()
     flags.output.mkdir()
     (flags.output / "model").write_text("trained")
-    commit, repo = repository.push_result(), flags.hub.repos["tester/run"]
+    commit, repo = repository.push_result(["model"]), flags.hub.repos["tester/run"]
     assert commit == f"{flags.hub.endpoint}/tester/run/commit/{repo.shas[-1]}"
     assert repo.files == {"model": b"trained"}
 
@@ -223,16 +224,14 @@ def test_an_answer_that_does_not_come_is_asked_for_anew(flags, monkeypatch, wher
 # What goes there
 
 
-def test_what_was_trained_on_stays_here(flags):
-    flags.train_data_dir, flags.class_data_dir = str(flags.output / "my photos"), str(flags.output / "made" / "dogs")
-    flags.latent_cache_dir, flags.cache_dir, flags.logging_dir = str(flags.output / "cache"), None, "./logs"
-    here = ["my photos/a.png", "made/dogs/1/b.png", "cache/c.bin", "logs/run/hparams.yml", "train_log.jsonl"]
-    here += ["checkpoint-2/unet/w.bin", "tmp-checkpoint-9/half", ".cache/huggingface/x", "tmp-result-abc/unet/w.bin"]
-    there = ["unet/config.json", "README.md", "made/a note", "samples/final.png", "vae/logs.json"]
+def test_nothing_else_of_the_output_folder_is_uploaded(flags):
+    here = ["photos/a.png", "credentials.json", "logs/hparams.yml", "train_log.jsonl", "checkpoint-2/unet/w.bin"]
+    here += ["tmp-checkpoint-9/half", ".cache/x", "notes/README.md", "unet2/w.bin", "samples/mine.jpg"]
+    there = ["unet/config.json", "unet/deep/w.bin", "README.md", "samples/final.png", "samples/prompt-0.jpg"]
     for name in here + there:
         (flags.output / name).parent.mkdir(parents=True, exist_ok=True)
         (flags.output / name).write_text(name)
-    the_hub.Hub(flags).push_result()
+    the_hub.Hub(flags).push_result(["unet/*", "README.md", *train_utils.SAMPLES])
     assert flags.hub.repos["tester/run"].files == {name: name.encode() for name in there}
 
 
@@ -291,13 +290,11 @@ def test_a_run_that_was_left_goes_from_the_repository(flags, capsys, resumed, ke
 def test_an_older_result_leaves_nothing_behind(flags):
     shards = ["index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
     old = {f"unet/{name}": b"old" for name in shards} | {"pytorch_lora_weights_kohya.safetensors": b"old"}
-    flags.hub.repos["tester/run"] = Repo(files={**old, "notes/mine.txt": b"stays", "logs/mine.txt": b"stays"})
-    for folder in ("unet", "logs"):
-        (flags.output / folder).mkdir(parents=True)
+    flags.hub.repos["tester/run"] = Repo(files={**old, "notes/mine.txt": b"stays", "checkpoint-2/w": b"stays"})
+    (flags.output / "unet").mkdir(parents=True)
     (flags.output / "unet" / "new").write_text("trained")
-    (flags.output / "logs" / "new").write_text("seen here only")
-    the_hub.Hub(flags).push_result()
-    assert sorted(flags.hub.repos["tester/run"].files) == ["logs/mine.txt", "notes/mine.txt", "unet/new"]
+    the_hub.Hub(flags).push_result(["unet/*"])
+    assert sorted(flags.hub.repos["tester/run"].files) == ["checkpoint-2/w", "notes/mine.txt", "unet/new"]
 
 
 def test_a_result_that_cannot_be_uploaded_is_said_with_what_is_missing(flags, capsys):
@@ -307,7 +304,7 @@ def test_a_result_that_cannot_be_uploaded_is_said_with_what_is_missing(flags, ca
     flags.hub.fail_commits.add("tester/run")
     repository.add(flags.output / "checkpoint-2")
     with pytest.raises(NotUploaded) as error:
-        repository.push_result()
+        repository.push_result(["model"])
     says = capsys.readouterr().err
     assert says.count("checkpoint-2 is not uploaded yet (The test wants this commit to fail): trying again.") == 1
     assert "the upload failed (The test wants this commit to fail); the result is safe in" in str(error.value)
@@ -491,6 +488,7 @@ def test_a_download_that_fails_is_not_another_checkpoint(flags, on_the_hub, wher
     assert resume(flags) == "checkpoint-4"
 
 
+@pytest.mark.slow  # connecting to it takes its time
 def test_a_hub_that_goes_away_between_two_requests(flags, on_the_hub, monkeypatch, capsys):
     """The client does not always say that it has downloaded nothing, if there is a folder."""
     download = the_hub.snapshot_download

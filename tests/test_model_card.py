@@ -58,7 +58,10 @@ class NoHub:
     def may_remove(self, folder):
         return True
 
-    def push_result(self):
+    def open(self):
+        pass
+
+    def push_result(self, files):
         return "nowhere"
 
 
@@ -217,6 +220,17 @@ def test_large_images_are_made_smaller_in_the_grid():
     assert grid.height == 2 * 512 and 0 < margin < 256
     centres = [grid.getpixel((margin + 512 + 1024 * x, 256 + 512 * y)) for y in (0, 1) for x in (0, 1)]
     assert centres == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]
+
+
+def test_many_prompts_make_a_grid_of_bounded_size(tmp_path):
+    flags = {"validation_prompts": [f"prompt {i}" for i in range(10)], "num_validation_images": 6, "num_classes": None}
+    flags |= {"output_dir": tmp_path, "seed": 5, "validation_inference_steps": 2, "validation_guidance_scale": None}
+    images = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in range(60)]
+    text = model_card.show_images(Namespace(**flags), images, images)
+    with Image.open(tmp_path / model_card.COMPARISON) as grid:
+        assert grid.height == 2 * 8 * 64 and 4 * 64 < grid.width < 6 * 64
+    assert "seeds 5 to 8. The first 8 of these prompts:" in text and "10. prompt 9" in text
+    assert len(list((tmp_path / "samples").glob("prompt-*.jpg"))) == 10
 
 
 @pytest.mark.parametrize("prompt", NASTY)
