@@ -38,6 +38,7 @@ from arguments import (
     first_line,
     read_training_state,
 )
+from model_checks import is_folder_name
 
 
 AT_START = (1, 2, 4)  # seconds between attempts
@@ -46,7 +47,7 @@ AFTER_A_SIGNAL = (1, 2, 4)
 LAST_ATTEMPT, LAST_AFTER_A_SIGNAL = 180, 15  # seconds from the first of them on
 LONGEST_WAIT = 300  # while training goes on
 CONNECTING, ANSWER = 10, 300  # seconds for which nothing may come; the client itself would wait for ever
-LORA_FILES = "pytorch_lora_weights*.safetensors"
+LORA_FILES = ["pytorch_lora_weights*.safetensors", "non_ema/*"]
 
 
 class Hub:
@@ -69,6 +70,10 @@ class Hub:
             if not (args.resume_from_checkpoint and may_pass(error)):
                 raise
             print(f"{error} The run goes on, and so do the attempts.", file=sys.stderr)
+        base = args.pretrained_model_name_or_path
+        if base is not None and not is_folder_name(base):  # its license, should it be out of reach at the end
+            with suppress(Exception):
+                hf_hub_download(base, "README.md", revision=args.revision, cache_dir=args.cache_dir)
 
     def open(self):
         """Create the repository if there is none; sets `args.hub_model_id` to the full name."""
@@ -161,7 +166,7 @@ class Hub:
                 say(f"{folder.name} is uploaded to {self.args.hub_model_id}.")
                 if self.args.hub_strategy == "checkpoint":
                     self.missing.clear()
-            except Exception as error:  # whatever it is, training goes on
+            except BaseException as error:  # whatever it is, training goes on
                 if self._superseded():
                     continue
                 self.missing.append(folder)
@@ -339,7 +344,7 @@ def has_words(error):
 
 
 def default_name(args):
-    return Path(args.output_dir).resolve().name
+    return Path(os.path.abspath(args.output_dir)).name  # the same on another machine, where a link may lead elsewhere
 
 
 def upload_command(args, folder, files=()):
@@ -353,7 +358,7 @@ def upload_command(args, folder, files=()):
 
 def replaced(files):
     """Patterns of what an older result may have left in the repository: other shards, variants, formats."""
-    return [*files, LORA_FILES] if files else []
+    return [pattern for pattern in files if "*" in pattern] + LORA_FILES if files else []
 
 
 # Going on from the Hub

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 # ruff: noqa: E402
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -77,7 +78,16 @@ def write_model_card(args, family, training, facts, images, base_images):
     if args.lpl_weight != 0:
         sections += [f"## Citation\n\nThe Latent Perceptual Loss:\n\n```bibtex\n{CITATION}\n```"]
     text = "\n\n".join(section for section in sections if section)
+    keep_notes(output / CARD)
     ModelCard(f"---\n{metadata(args, family, base, images).to_yaml()}\n---\n\n{text}\n").save(output / CARD)
+
+
+def keep_notes(path):
+    """A README.md that no training script has written is somebody's own."""
+    if path.exists() and "diffusers-training" not in path.read_text(encoding="utf-8", errors="replace"):
+        kept = path.with_name("README.old.md")
+        os.replace(path, kept)
+        print(f"Your {path} is {kept} now, as the model card is to have its name.", file=sys.stderr)
 
 
 # What the Hub reads

@@ -22,6 +22,7 @@ from safetensors.torch import load, load_file
 from tiny_models import build_tiny_vae
 
 import hub as the_hub
+import model_card
 import train_utils
 from arguments import NotUploaded, UserError, check_output_dir
 
@@ -64,6 +65,7 @@ def flags(tmp_path, monkeypatch):
         )
         flags.output_dir, flags.logging_dir, flags.resume_from_checkpoint = str(tmp_path / "out"), "logs", None
         flags.output, flags.hub, flags.dry_run = tmp_path / "out", stand_in, False
+        flags.pretrained_model_name_or_path = flags.revision = flags.cache_dir = None
         stand_in.repos |= {"someone/model": Repo(), "tester/public": Repo()}
         yield flags
     close_session()
@@ -139,6 +141,14 @@ def test_a_resumed_run_with_a_wrong_token_is_refused_too(flags):
     flags.hub_token, flags.resume_from_checkpoint = "hf_wrong", "out/checkpoint-2"
     with pytest.raises(UserError, match="--push_to_hub: .*Invalid credentials"):
         the_hub.Hub(flags)
+
+
+def test_the_license_of_the_base_is_known_though_the_hub_goes_away(flags):
+    flags.pretrained_model_name_or_path = "someone/model"
+    flags.hub.repos["someone/model"] = Repo(files={"README.md": b"---\nlicense: mit\n---\n"})
+    the_hub.Hub(flags)
+    flags.hub.down()
+    assert model_card.base_metadata(flags)["license"] == "mit"
 
 
 @pytest.mark.parametrize("environment", [False, True], ids=["--hub_token", "HF_TOKEN"])
@@ -290,11 +300,19 @@ def test_a_run_that_was_left_goes_from_the_repository(flags, capsys, resumed, ke
 def test_an_older_result_leaves_nothing_behind(flags):
     shards = ["index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
     old = {f"unet/{name}": b"old" for name in shards} | {"pytorch_lora_weights_kohya.safetensors": b"old"}
-    flags.hub.repos["tester/run"] = Repo(files={**old, "notes/mine.txt": b"stays", "checkpoint-2/w": b"stays"})
+    old |= {"non_ema/adapter_model.safetensors": b"old"}
+    kept = {name: b"stays" for name in ("README.md", "checkpoint-2/w", "notes/mine.txt")}
+    flags.hub.repos["tester/run"] = Repo(files=old | kept)
     (flags.output / "unet").mkdir(parents=True)
     (flags.output / "unet" / "new").write_text("trained")
-    the_hub.Hub(flags).push_result(["unet/*"])
-    assert sorted(flags.hub.repos["tester/run"].files) == ["checkpoint-2/w", "notes/mine.txt", "unet/new"]
+    the_hub.Hub(flags).push_result(["unet/*", "README.md"])
+    assert flags.hub.repos["tester/run"].files == {**kept, "unet/new": b"trained"}
+
+
+def test_a_link_has_the_name_of_its_repository(tmp_path):
+    (tmp_path / "job-1234").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "job-1234")
+    assert the_hub.default_name(Namespace(output_dir=str(tmp_path / "run"))) == "run"
 
 
 def test_a_result_that_cannot_be_uploaded_is_said_with_what_is_missing(flags, capsys):

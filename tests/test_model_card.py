@@ -222,6 +222,17 @@ def test_large_images_are_made_smaller_in_the_grid():
     assert centres == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)]
 
 
+def test_a_readme_of_ones_own_is_kept(tmp_path, capsys):
+    path = tmp_path / "README.md"
+    path.write_text("my notes")
+    model_card.keep_notes(path)
+    assert (tmp_path / "README.old.md").read_text() == "my notes" and not path.exists()
+    assert f"Your {path} is {tmp_path / 'README.old.md'} now" in capsys.readouterr().err
+    path.write_text("---\ntags:\n- diffusers-training\n---\n")
+    model_card.keep_notes(path)
+    assert path.exists()
+
+
 def test_many_prompts_make_a_grid_of_bounded_size(tmp_path):
     flags = {"validation_prompts": [f"prompt {i}" for i in range(10)], "num_validation_images": 6, "num_classes": None}
     flags |= {"output_dir": tmp_path, "seed": 5, "validation_inference_steps": 2, "validation_guidance_scale": None}
