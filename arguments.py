@@ -654,11 +654,12 @@ def check_result(args):
         args.hub_token = args.hub_token.strip()
         if not re.fullmatch(r"[!-~]+", args.hub_token):
             raise UserError("--hub_token is empty or has characters that no token has: copy it anew.")
-        print(
-            "--hub_token: other users of this machine can see it, and `accelerate launch` prints it should the run "
-            "fail; `hf auth login` or the variable HF_TOKEN keep it to yourself.",
-            file=sys.stderr,
-        )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                "--hub_token: other users of this machine can see it, and `accelerate launch` prints it should the "
+                "run fail; `hf auth login` or the variable HF_TOKEN keep it to yourself.",
+                file=sys.stderr,
+            )
     if args.resume_from_checkpoint == "hub" and not args.push_to_hub:
         raise UserError(
             "--resume_from_checkpoint hub goes on from the repository of --push_to_hub: add it, or name a repository "

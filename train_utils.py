@@ -317,9 +317,6 @@ def draw(accelerator, args, family, weights, ema, step):
         show_samples(accelerator, args, [image for _, image in images], step)
 
 
-SAMPLES = [f"samples/{name}" for name in ("step-*.png", "final.png", "prompt-*.jpg", "base_and_finetuned.jpg")]
-
-
 def finish(accelerator, args, family, checkpoints, facts):
     """The result, with the average weights if there are any; then what its user does: load it, draw, share it.
 
@@ -347,23 +344,31 @@ def finish(accelerator, args, family, checkpoints, facts):
     accelerator.end_training()
     if args.push_to_hub:
         forwards = f"{args.gradient_accumulation_steps} forward passes"
-        times = (f"{name}, {duration(seconds)}" for name, seconds in time_spent.items())
         training = {
             "Samples per step": f"{args.train_batch_size} x {accelerator.num_processes} processes x {forwards}",
             "Mixed precision": accelerator.mixed_precision,
-            "Hardware": "; ".join(times),
+            "Hardware": "; ".join(f"{name}, {duration(seconds)}" for name, seconds in time_spent.items()),
         }
-        with suppress(Exception):  # the card needs the owner's name, which a Hub out of reach has not told yet
-            checkpoints.hub.open()
-        try:
-            write_model_card(args, family, training, facts, images, base_images)
-        except Exception:  # whatever it is, the result is worth more
-            traceback.print_exc()
-        files += ["README.md", "loss.png", *SAMPLES]
-        if interruption.received():
-            command = upload_command(args, args.output_dir, files)
-            raise NotUploaded(f"{interruption.received()} came before the upload: `{command}` does it.")
-        print(f"Uploaded to {checkpoints.hub.push_result(files)}")
+        card = partial(write_model_card, args, family, training, facts, images, base_images)
+        publish(args, checkpoints.hub, files, card)
+
+
+SAMPLES = [f"samples/{name}" for name in ("step-*.png", "final.png", "prompt-*.jpg", "base_and_finetuned.jpg")]
+
+
+def publish(args, hub, files, write_card):
+    """Upload the result, its files given as patterns, with a card. Raises NotUploaded."""
+    with suppress(Exception):  # the card needs the owner's name, which a Hub out of reach has not told yet
+        hub.open()
+    try:
+        write_card()
+    except Exception:  # whatever it is, the result is worth more
+        traceback.print_exc()
+    files = [*files, "README.md", "loss.png", *SAMPLES]
+    if interruption.received():
+        command = upload_command(args, args.output_dir, files)
+        raise NotUploaded(f"{interruption.received()} came before the upload: `{command}` does it.")
+    print(f"Uploaded to {hub.push_result(files)}")
 
 
 def draw_all(args, family, load, *more):
