@@ -353,9 +353,9 @@ def test_a_checkpoint_is_not_removed_while_it_is_read(ended):
 
 
 @after(few_on_the_disk)
-def test_other_files_of_ones_own_repository_stay(ended):
+def test_other_files_of_ones_own_repository_stay_but_for_an_older_result(ended):
     hub, run = ended
-    assert hub.repos[MODEL].files["notes.txt"] == b"mine" and hub.repos[MODEL].files["unet/old.bin"] == b"old"
+    assert hub.repos[MODEL].files["notes.txt"] == b"mine" and "unet/old.bin" not in hub.repos[MODEL].files
     assert not hub.repos[MODEL].private
     assert (run.output / "logs").is_dir()
     assert not {path.split("/")[0] for path in hub.repos[MODEL].files} & {"logs", "train_log.jsonl"}
