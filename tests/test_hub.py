@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 import numpy as np
 import pytest
+import torch
 from conftest import read_log
 from huggingface_hub import ModelCard, close_session, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -307,6 +308,33 @@ def test_an_older_result_leaves_nothing_behind(flags):
     (flags.output / "unet" / "new").write_text("trained")
     the_hub.Hub(flags).push_result(["unet/*", "README.md"])
     assert flags.hub.repos["tester/run"].files == {**kept, "unet/new": b"trained"}
+
+
+def test_an_error_of_the_card_does_not_keep_the_result_here(flags, capsys):
+    def write_card():
+        raise OSError("a picture that is too large")
+
+    (flags.output / "unet").mkdir(parents=True)
+    (flags.output / "unet" / "new").write_text("trained")
+    train_utils.publish(flags, the_hub.Hub(flags), ["unet/*"], write_card)
+    assert list(flags.hub.repos["tester/run"].files) == ["unet/new"]
+    said = capsys.readouterr()
+    assert "a picture that is too large" in said.err and f"Uploaded to {flags.hub.endpoint}/tester/run" in said.out
+
+
+def test_a_signal_before_the_upload_is_said_with_what_does_it(flags, monkeypatch):
+    monkeypatch.setattr("interruption.received", lambda: "SIGTERM")
+    with pytest.raises(NotUploaded, match=r"SIGTERM came before .*`hf upload tester/run .*'unet/\*'") as error:
+        train_utils.publish(flags, the_hub.Hub(flags), ["unet/*"], lambda: None)
+    assert error.value.exit_status == 3 and not flags.hub.repos["tester/run"].files
+
+
+def test_too_little_memory_for_the_drawings_is_no_error(flags, capsys):
+    def load():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert train_utils.draw_all(flags, None, load) == []
+    assert "The validation prompts are not drawn: CUDA out of memory." in capsys.readouterr().err
 
 
 def test_a_link_has_the_name_of_its_repository(tmp_path):
