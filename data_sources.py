@@ -421,8 +421,9 @@ def read_hub_dataset(
     class_ids=None,
     instance_prompt=None,
     caption_weights=None,
+    split="train",
 ):
-    """Opens the split `train` of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
+    """Opens a split of a dataset: a Hub id, a folder, a parquet or arrow file, or what `save_to_disk` wrote.
 
     Without flags the columns are `image` and `text` if there, else the first column and the first of the others.
     `instance_prompt` is the caption of rows that have none, and of all if there is no column `text`. With
@@ -435,7 +436,7 @@ def read_hub_dataset(
     """
     import datasets
 
-    dataset = open_split(dataset_name, dataset_config_name, train_data_dir, cache_dir)
+    dataset = open_split(dataset_name, dataset_config_name, train_data_dir, cache_dir, split=split)
     choice = (image_column, caption_column, label_column, instance_prompt)
     image_column, columns = choose_columns(dataset_name, dataset.features, *choice)
     dataset = undecoded(dataset, image_column, dataset_name)
@@ -461,12 +462,14 @@ def read_hub_dataset(
     return replace(samples, labels=np.array(labels), names=names)
 
 
-def open_split(dataset_name, dataset_config_name=None, train_data_dir=None, cache_dir=None, streaming=False):
-    """The split `train` of a dataset. Raises `UserError`."""
+def open_split(
+    dataset_name, dataset_config_name=None, train_data_dir=None, cache_dir=None, streaming=False, split="train"
+):
+    """A split of a dataset. Raises `UserError`."""
     import datasets
 
     try:
-        return _load_train_split(dataset_name, dataset_config_name, train_data_dir, cache_dir, streaming)
+        return _load_split(dataset_name, dataset_config_name, train_data_dir, cache_dir, streaming, split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"--dataset_name {dataset_name} cannot be loaded ({reason(error)}); check the name, the path, the "
@@ -517,21 +520,21 @@ def undecoded(dataset, image_column, dataset_name):
         ) from None
 
 
-def _load_train_split(name, config_name, data_dir, cache_dir, streaming):
+def _load_split(name, config_name, data_dir, cache_dir, streaming, split):
     import datasets
 
     if any(os.path.exists(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):  # save_to_disk
         dataset = datasets.load_from_disk(name)
-        if isinstance(dataset, dict) and "train" not in dataset:
-            raise ValueError(f"it has no split train, only {', '.join(dataset)}")
-        dataset = dataset["train"] if isinstance(dataset, dict) else dataset
+        if isinstance(dataset, dict) and split not in dataset:
+            raise ValueError(f"it has no split {split}, only {', '.join(dataset)}")
+        dataset = dataset[split] if isinstance(dataset, dict) else dataset
         return dataset.to_iterable_dataset() if streaming else dataset
-    settings = {"split": "train", "cache_dir": cache_dir, "streaming": streaming}
+    settings = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
     if os.path.isfile(name):
         kind = os.path.splitext(name)[1][1:]
         if kind not in ("parquet", "arrow"):
             raise ValueError("a file must be .parquet or .arrow")
-        return datasets.load_dataset(kind, data_files={"train": name}, **settings)
+        return datasets.load_dataset(kind, data_files={split: name}, **settings)
     return datasets.load_dataset(name, config_name, data_dir=data_dir, **settings)
 
 

@@ -383,7 +383,8 @@ def make_stream(args):
             columns |= {"label_column": args.label_column or "label", "class_ids": class_ids(args)}
         else:
             columns |= {"instance_prompt": args.instance_prompt, "caption_weights": args.caption_weights}
-        samples = read_hub_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir)
+        columns |= {"split": getattr(args, "dataset_split", "train"), "cache_dir": args.cache_dir}
+        samples = read_hub_dataset(args.dataset_name, args.dataset_config_name, **columns)
         if args.num_classes is not None:
             _add_classes(args, samples, samples.names)
         samples, bad = check_images(samples, args.max_bad_images or 0)

@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from family import NON_EMA, VARIANTS
 from kohya import KOHYA_FILE
 from loading import DTYPES, hub_flags
-from model_checks import is_folder_name
+from model_checks import is_folder_name, public_name
 
 
 CARD, LOSSES, COMPARISON = "README.md", "loss.png", "samples/base_and_finetuned.jpg"
@@ -364,11 +364,6 @@ def ticks(text, at_least):
 def findable(name):
     """For code: a Hub id, or where a folder could be."""
     return f"path/to/{public_name(name)}" if is_folder_name(name) else name
-
-
-def public_name(name):
-    """A Hub id as it is; of a folder of this machine only its own name."""
-    return Path(name).resolve().name if is_folder_name(name) else name
 
 
 # The curve of the losses

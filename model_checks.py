@@ -61,6 +61,11 @@ def is_folder_name(name):
     return os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
+def public_name(name):
+    """A Hub id as it is; of a folder of this machine only its own name."""
+    return Path(name).resolve().name if is_folder_name(name) else name
+
+
 def class_ids(args):
     """{name: label} of the model's classes: all their names together, as the index has them, and each by itself.
 

@@ -1,0 +1,331 @@
+"""What `evaluate_lpl.py` compares: the real images, the samples of each model and setting, and the report on them."""
+
+from argparse import Namespace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import metrics
+from arguments import UserError
+from captions import draw_text
+from data_sources import caption_of, files_identity
+from data_utils import make_stream
+from disk_cache import weights_hash
+from evaluation import ImageFiles, StreamImages, as_flags, log_power, moments_of, read_statistics, score
+from evaluation_report import paper_numbers
+from features import CLIP, short_name
+from images import IMAGE_EXTENSIONS
+from model_checks import public_name
+from sampling import all_agree, describe, draw_samples, reconstruct, sample_name
+
+
+LEVEL = 0.95
+ADM_SAMPLES = 50_000  # if there are no images to count
+
+
+class Reference:
+    """The real images, and what is to be drawn: their captions or labels."""
+
+    def __init__(self, args, models):
+        self.moments, self.images, self.stream = {}, None, None
+        if args.reference.endswith(".npz"):
+            short = [short_name(name) for name in args.feature_extractor]
+            self.moments, self.images = read_statistics(args.reference, short)
+            if self.images is not None and args.resolution not in (None, self.images.size[0]):
+                raise UserError(
+                    f"--reference {args.reference} has images of {self.images.size[0]} pixels, and the samples have "
+                    f"{args.resolution}: give --resolution {self.images.size[0]}, or another reference."
+                )
+            return
+        flags = dict.fromkeys(("train_data_dir", "dataset_name", "train_shards"), "reference")
+        with as_flags(**flags, max_train_samples="max_reference_samples"):
+            self.stream = open_stream(args, models)
+        self.images = StreamImages(self.stream)
+
+    def prompts(self, args, models):
+        """Captions or class labels of the samples: those of the images, in an order drawn with the seed."""
+        rng = np.random.default_rng([args.seed, 7])
+        num_classes = models[0].num_classes
+        count = args.num_samples or (ADM_SAMPLES if self.images is None else len(self.images))
+        if self.stream is None:
+            if num_classes is None:
+                raise UserError(f"--reference {args.reference} has no captions to draw: give images with captions.")
+            return rng.permutation(np.arange(count) % num_classes).tolist()
+        order = rng.permutation(len(self.images))
+        captions = (caption_of(self.stream.samples, int(order[i % len(order)])) for i in range(count))
+        return [int(c) if num_classes is not None else draw_text(c, rng) for c in captions]
+
+    def identity(self):
+        """What reconstructions of the images depend on."""
+        files = None if self.stream is None else files_identity(self.stream.samples)
+        return [files, len(self.images), *getattr(self.images, "size", ())]
+
+
+def open_stream(args, models):
+    """The reference as the training scripts read their data; images to compare --samples with need no captions."""
+    name = args.reference
+    source = {"train_data_dir": None, "dataset_name": None, "train_shards": None}
+    if ".tar" in Path(name).name:
+        source["train_shards"] = [name]
+    elif Path(name).is_dir() and not Path(name, "dataset_dict.json").exists() and has_images(name):
+        source["train_data_dir"] = name
+    else:
+        source["dataset_name"] = name
+    kept = "image_column caption_column label_column dataset_config_name cache_dir max_bad_images seed resolution"
+    source |= {flag: getattr(args, flag) for flag in kept.split()}
+    absent = "samples validation_prompts caption_weights trigger_word buckets".split()
+    return make_stream(
+        Namespace(
+            **source,
+            **dict.fromkeys(absent),
+            dataset_split=args.reference_split,
+            num_classes=models[0].num_classes if models else None,
+            id2label=dict(models[0].id2label) if models else {},
+            instance_prompt="" if args.samples and args.instance_prompt is None else args.instance_prompt,
+            max_train_samples=args.max_reference_samples,
+            streaming=False,
+            center_crop=True,
+            random_flip=False,
+            image_interpolation_mode="lanczos",
+            proportion_empty_prompts=0.0,
+            train_batch_size=args.batch_size,
+        )
+    )
+
+
+def has_images(folder):
+    return any(path.suffix.lower() in IMAGE_EXTENSIONS for path in Path(folder).rglob("*"))
+
+
+class SampleSet(NamedTuple):
+    """The samples of one model in one setting."""
+
+    name: str
+    model: str  # its name without the setting
+    images: ImageFiles
+    vae: str | None = None  # whose reconstructions are its own
+    facts: dict = {}  # for the report
+
+    @property
+    def setting(self):
+        return self.name.removeprefix(self.model)
+
+
+def images_in(folder):
+    """The paths of a folder's images, in the order of their names."""
+    paths = (path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def open_folders(args):
+    """The images of --samples: as many of each, of one size, which becomes --resolution."""
+    folders = [images_in(folder) for folder in args.samples]
+    for folder, paths in zip(args.samples, folders):
+        if args.num_samples is None and len(paths) != len(folders[0]):
+            raise UserError(
+                f"--samples {folder} has {len(paths)} images and {args.samples[0]} {len(folders[0])}: say with "
+                "--num_samples how many of each to compare."
+            )
+        if len(paths) < (args.num_samples or 0):
+            raise UserError(
+                f"--samples {folder} has {len(paths)} images, fewer than --num_samples {args.num_samples}."
+            )
+    folders = [ImageFiles(paths[: args.num_samples]) for paths in folders]
+    ImageFiles([folder.paths[0] for folder in folders])  # are they of one size?
+    height, width = folders[0].size
+    if height != width:
+        raise UserError(f"--samples {args.samples[0]}: images of {width} x {height} pixels; they must be squares.")
+    args.resolution = height
+    return [SampleSet(name, name, images) for name, images in zip(args.names, folders)]
+
+
+def check_counts(args, count, reference):
+    """Enough images for the metrics, before samples are drawn. Raises UserError."""
+    least = 4 if reference.images is None else 2 * (args.k + 1)
+    if count < least:
+        what = f"precision, recall, density and coverage with --k {args.k}" if least > 4 else "the Frechet distance"
+        given = "--samples are" if args.samples else "--num_samples"
+        raise UserError(f"{given} {count}, and {what} needs at least {least}, for the intervals: give more.")
+    if reference.images is not None and len(reference.images) <= args.k:
+        raise UserError(
+            f"--reference {args.reference} has {len(reference.images)} images, and --k {args.k} needs at least "
+            f"{args.k + 1}: give more, or lower --k."
+        )
+
+
+def wants_clip(args, models):
+    """Whether there is to be a CLIPScore: for models that read text. Sets the default of --clip_model."""
+    if not models or models[0].num_classes is not None:
+        if args.clip_model:
+            raise UserError("--clip_model has no effect without captions: leave it out.")
+        return False
+    if args.clip_model is None and "--feature_extractor" not in args.given_flags:
+        args.clip_model = CLIP
+    return args.clip_model is not None
+
+
+def draw_set(accelerator, args, model, pipe, sampler, weights, setting, prompts):
+    """The samples of a model in a setting, (steps, guidance scale), drawn by all processes."""
+    steps, scale = setting
+    words = [model.name]
+    words += [f"{steps} steps"] if len(args.num_inference_steps) > 1 else []
+    words += [f"guidance {scale:g}"] if len(args.guidance_scale or ()) > 1 else []
+    name = ", ".join(words)
+    folder = Path(args.output_dir, "samples", name.replace(", ", "_").replace(" ", "-"))
+    settings = {
+        "model": weights,
+        "sampler": sampler,
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "guidance_rescale": args.guidance_rescale,
+        "resolution": args.resolution,
+        "seed": args.seed,
+        "precision": accelerator.mixed_precision,
+    }
+    draw_samples(accelerator, pipe, model.family, prompts, folder, settings, args)
+    paths = [folder / sample_name(i, args.seed) for i in range(len(prompts))]
+    facts = {
+        **describe(pipe, model.family, sampler, scale),
+        "source": public_name(model.lora or model.source),
+        "weights_hash": weights,
+        "num_inference_steps": steps,
+        "samples": folder.relative_to(args.output_dir).as_posix(),
+    }
+    return SampleSet(
+        name, model.name, ImageFiles(paths, "remove it, and the same command draws it again"), facts=facts
+    )
+
+
+def reconstruct_reference(accelerator, args, vae, reference, rebuilt):
+    """What a VAE makes of the real images goes to `rebuilt`, {VAE's hash: images}; returns that hash, or None."""
+    if reference.images is None:
+        return None
+    name = all_agree(weights_hash(vae)[:12] if accelerator.is_main_process else None)
+    if name not in rebuilt:
+        folder = Path(args.output_dir, "reconstructions", name)
+        settings = {"vae": name, "reference": reference.identity(), "resolution": args.resolution}
+        paths = reconstruct(accelerator, vae, reference.images, folder, settings, args.batch_size)
+        rebuilt[name] = ImageFiles(paths, "remove it, and the same command makes it again")
+    return name
+
+
+# The report
+
+
+def make_report(args, sets, seen, real, floors, networks, device):
+    """All that `evaluation_report` shows.
+
+    Args:
+        sets: `SampleSet`s; those of the first model are what the others are compared with.
+        seen: name of the set -> `evaluation.Measured`. real: that of the reference. floors: VAE's hash -> that of its
+            reconstructions. networks: (feature extractors, CLIP scorer or None).
+    """
+    extractors, clip = networks
+    names, count = [extractor.name for extractor in extractors], len(sets[0].images)
+    subsets = metrics.half_samples(count, args.half_samples, args.seed)
+    scoring = partial(score, extractors=names, k=args.k, device=device)
+    bar = tqdm(sets, "Scoring", disable=None)
+    values = {s.name: scoring(seen[s.name], real, floors.get(s.vae), subsets) for s in bar}
+    settings = settings_of(args, sets, real, extractors, clip)
+    models = [entry(s, values[s.name], seen[s.name], real, subsets) for s in sets]
+    rebuilt = None
+    if floors:
+        floor = next(iter(floors.values()))
+        everything = torch.ones(1, len(floor), dtype=torch.bool)
+        found = scoring(floor, real, None, everything)
+        rebuilt = {"metrics": first(found), "spectrum": spectrum(floor)}
+    own = {"sharpness": real.sharpness.mean().item()} if real.sharpness is not None else {}
+    return {
+        "settings": settings,
+        "models": models,
+        "reference": {"metrics": own, "spectrum": spectrum(real), "reconstructions": rebuilt},
+        "differences": differences(sets, values, count),
+        "notes": notes(args, sets, real, floors, extractors),
+        "paper": paper_numbers(settings, models),
+    }
+
+
+def entry(s, values, measured, real, subsets):
+    """One model in one setting."""
+    count = len(s.images)
+    intervals = {name: metrics.interval(found, count, LEVEL) for name, found in values.items()}
+    curve = spectrum(measured)
+    if real.power is not None:
+        errors = metrics.spectrum_differences(measured.power, log_power(real), subsets)
+        reach = [metrics.interval(ring, count, LEVEL) for ring in errors.T]
+        curve |= {"error": errors[0].tolist(), "low": [low for low, _ in reach], "high": [high for _, high in reach]}
+    facts = {"name": s.name, "model": s.model, "num_samples": count, **s.facts}
+    return {**facts, "metrics": first(values), "intervals": intervals, "spectrum": curve}
+
+
+def first(values):
+    """Of all samples, name -> number."""
+    return {name: found[0].item() for name, found in values.items()}
+
+
+def spectrum(measured):
+    """A set's radial log power, if it has images."""
+    if measured.power is None:
+        return None
+    power = log_power(measured)
+    return {"frequency": metrics.ring_frequencies(len(power)).tolist(), "log_power": power.tolist()}
+
+
+def differences(sets, values, count):
+    """Of each model from the first one, in the same setting."""
+    found, firsts = [], {}
+    for s in sets:
+        base = firsts.setdefault(s.setting, s)
+        if base is not s:
+            ours, theirs = values[s.name], values[base.name]
+            compared = {m: metrics.difference(theirs[m], ours[m], count, LEVEL) for m in ours if m in theirs}
+            found.append({"models": [base.name, s.name], "metrics": compared})
+    return found
+
+
+def settings_of(args, sets, real, extractors, clip):
+    """All that the numbers depend on."""
+    samplers = {s.facts["sampler"] for s in sets if "sampler" in s.facts}
+    types = {s.facts["prediction_type"] for s in sets if "prediction_type" in s.facts}
+    flags = "reference_is resolution seed num_inference_steps guidance_scale guidance_rescale weights k half_samples"
+    drawn = (
+        {} if args.samples else {"sampler": ", ".join(sorted(samplers)), "prediction_type": ", ".join(sorted(types))}
+    )
+    return {
+        "reference": public_name(args.reference),
+        "reference_images": "shorter side resized to the resolution by Lanczos, centre crop",
+        "num_samples": len(sets[0].images),
+        "num_reference_samples": None if real.sharpness is None else len(real),
+        **drawn,
+        **{name: getattr(args, name) for name in flags.split()},
+        "level": LEVEL,
+        "feature_extractors": [extractor.settings for extractor in extractors],
+        "clip_model": clip and clip.settings,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "command": args.command,
+    }
+
+
+def notes(args, sets, real, floors, extractors):
+    """What to keep in mind with these numbers."""
+    count, said = len(sets[0].images), []
+    for extractor in extractors:
+        moments = moments_of(real, extractor.name)
+        dim = len(moments.mean) if moments else 0
+        if count <= dim:
+            said.append(
+                f"{count} samples are fewer than the {dim} features of {extractor.name}: its Frechet distances are "
+                "far too high; compare them with each other alone, and look at the kernel distances."
+            )
+    if len(floors) > 1:
+        said.append("The models have different VAEs; the reconstructions shown are those of the first.")
+    if args.samples and len(sets) > 1:
+        said.append(
+            "That the images are pairs, of the same noise and prompt, was taken from the order of their names."
+        )
+    return said

@@ -1,0 +1,289 @@
+"""Score models side by side, with the same noise, prompts and order for all: is one better, and how sure is that?
+
+    accelerate launch evaluate_lpl.py --model BEFORE AFTER --reference PHOTOS --num_samples 1000 --output_dir OUT
+
+OUT gets report.html, report.md and report.json, and the samples. A run that was interrupted goes on where it ended
+when it is started again.
+"""
+
+import itertools
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from arguments import Parser, UserError, number, run
+from features import CLIP, check_clip, check_extractor, inception_available, short_name
+from images import IMAGE_EXTENSIONS
+from model_checks import is_folder_name
+
+
+AT_LEAST_ONE = "num_samples max_reference_samples resolution batch_size k num_inference_steps".split()
+NOT_NEGATIVE = "seed max_bad_images dataloader_num_workers guidance_scale guidance_rescale".split()
+# Flags that say how samples are drawn, and so nothing of those that are there
+DRAWING = (
+    "--lora --base_model --pretrained_vae_model_name_or_path --variant --weights --sampler --num_inference_steps "
+    "--guidance_scale --guidance_rescale --mixed_precision --offload --resolution"
+).split()
+
+
+# One flag a line reads best.
+# fmt: off
+def parse_args(argv=None):
+    """Parse and check; a wrong flag ends the program with one sentence and exit code 2."""
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("models").add_argument
+    add("--model", nargs="+", metavar="MODEL", help="folders or Hub ids of the models, results of the training "
+        "scripts or others; the first is what the others are compared with")
+    add("--lora", nargs="+", metavar="LORA", help="a LoRA for each model, none for one without; a single model "
+        "stands for all")
+    add("--base_model", help="the pipeline around models that were saved alone (--save_only_trained, checkpoints)")
+    add("--samples", nargs="+", metavar="FOLDER", help="instead of models: folders of images, in the same order")
+    add("--names", nargs="+", metavar="NAME", help="what the report calls them; by default their folders")
+    add("--weights", choices=["ema", "raw"], default="ema", help="raw: those beside the average, of --save_non_ema")
+    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of another VAE for all models; of --samples the "
+        "VAE of their model, which reconstructs the reference")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--cache_dir", help="where downloads are kept")
+    add = parser.add_argument_group("reference").add_argument
+    add("--reference", required=True, metavar="DATA", help="real images: a folder or tar shards as for training, a "
+        "datasets dataset, or an .npz of the ADM evaluator; its captions or classes are what is drawn")
+    add("--reference_split", default="train", metavar="SPLIT", help="split of a dataset, such as validation")
+    add("--reference_is", choices=["imagenet-1k", "cc12m"], help="data that the paper measured on: its results are "
+        "shown beside where all else is the same, too")
+    add("--dataset_config_name", help="configuration of a dataset")
+    add("--image_column", help="column with the images; of shards the images' extension")
+    add("--caption_column", nargs="+", metavar="COLUMN", help="column with the captions")
+    add("--label_column", help="column with the class labels")
+    add("--instance_prompt", help="caption of all images that have none of their own")
+    add("--max_reference_samples", type=int, default=50_000, help="use this many of the images, drawn with the seed")
+    add("--max_bad_images", type=int, help="unreadable images to leave out before giving up; by default none")
+    add = parser.add_argument_group("samples").add_argument
+    add("--num_samples", type=int, help="samples of each model; by default as many as there are reference images")
+    add("--resolution", type=int, help="side of the images in pixels; by default what the model is made for")
+    add("--seed", type=int, default=0, help="sample i starts from the noise of seed + i")
+    add("--batch_size", type=int, default=8, help="images that each process draws or measures at a time")
+    add("--sampler", choices=["auto", "rk4", "pipeline"], default="auto", help="auto: DDIM with trailing timesteps, "
+        "for flow matching Euler; rk4: Runge-Kutta, four times the work a step; pipeline: the model's own")
+    add("--num_inference_steps", nargs="+", type=int, default=[50], metavar="N", help="sampler steps; several give "
+        "curves")
+    add("--guidance_scale", nargs="+", type=number, metavar="X", help="classifier-free guidance, by default the "
+        "pipeline's own; several give curves")
+    add("--guidance_rescale", type=number, help="rescaling of the guidance (Lin et al.), for pipelines that have it")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="precision to draw in; by default what `accelerate "
+        "config` says")
+    add("--offload", action="store_true", help="keep on the GPU only what is at work: slower, less memory")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load images")
+    add = parser.add_argument_group("scores").add_argument
+    add("--feature_extractor", nargs="+", metavar="MODEL", help="Hub ids or folders of transformers' vision models, "
+        "dinov2 (large) or inception (needs `pip install torch-fidelity`); by default both of these. Metrics of the "
+        "first have no suffix")
+    add("--clip_model", help=f"Hub id or folder for CLIPScore; by default {CLIP} for models that read text, or none "
+        "with --feature_extractor")
+    add("--k", type=int, default=5, help="nearest neighbours of precision, recall, density and coverage")
+    add("--half_samples", type=int, default=100, metavar="R", help="random halves of the samples, on which each "
+        "metric is computed as well: the intervals come from their spread")
+    add("--output_dir", required=True, help="where the report and the samples go")
+    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args.given_flags = sorted({word.split("=")[0] for word in given if word.startswith("--")})
+    args.command = shlex.join(["evaluate_lpl.py", *given])
+    try:
+        check(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
+# fmt: on
+
+
+def check(args):
+    """What needs no library and no download. Raises UserError; sets the entries to compare and their names."""
+    for names, least in ((AT_LEAST_ONE, 1), (NOT_NEGATIVE, 0)):
+        for name in names:
+            values = getattr(args, name) if isinstance(getattr(args, name), list) else [getattr(args, name)]
+            for value in values:
+                if value is not None and value < least:
+                    raise UserError(f"--{name} {value} must be at least {least}.")
+    if args.half_samples < 2:
+        raise UserError(f"--half_samples {args.half_samples} must be at least 2, which an interval needs.")
+    if bool(args.model) == bool(args.samples):
+        raise UserError("give either --model, to draw samples, or --samples, folders with images.")
+    if args.samples:
+        for flag in DRAWING:
+            if flag in args.given_flags and flag != "--pretrained_vae_model_name_or_path":
+                raise UserError(f"{flag} has no effect with --samples, which are drawn already: leave it out.")
+        for folder in args.samples:
+            if not Path(folder).is_dir() or not images_in(folder):
+                raise UserError(f"--samples {folder} is no folder with images ({' '.join(IMAGE_EXTENSIONS)}).")
+    else:
+        check_models(args)
+    for name in ("num_inference_steps", "guidance_scale"):
+        values = getattr(args, name)
+        if values is not None and len(set(values)) < len(values):
+            raise UserError(f"--{name} has a value twice: leave one out.")
+    args.names = names_of(args)
+    check_reference(args)
+    check_scores(args)
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output} is a file: name a folder.")
+
+
+def check_models(args):
+    """Pairs models with their LoRAs: sets `args.entries`, (source, base, LoRA or None)."""
+    loras = [None if lora == "none" else lora for lora in args.lora or ["none"] * len(args.model)]
+    models = args.model * len(loras) if len(args.model) == 1 else args.model
+    if len(loras) != len(models):
+        raise UserError(f"--lora needs {len(models)} entries, one for each --model (none for one without).")
+    for name in filter(None, [*args.model, *loras, args.base_model]):
+        if is_folder_name(name) and not Path(name).exists():
+            raise UserError(f"there is no folder {name}: give that of a saved model or LoRA, or a Hub id.")
+    for lora in filter(None, loras):
+        if is_folder_name(lora) and not list(Path(lora).glob("*.safetensors")):
+            raise UserError(f"--lora {lora} holds no LoRA (*.safetensors): name the --output_dir of a LoRA training.")
+    args.entries = []
+    for model, lora in zip(models, loras):
+        alone = is_folder_name(model) and not Path(model, "model_index.json").exists()
+        if alone and not any(Path(model, part, "config.json").exists() for part in ("unet", "transformer")):
+            if list(Path(model).glob("*.safetensors")):
+                raise UserError(f"--model {model} holds a LoRA: give its base as --model, and this as --lora.")
+            raise UserError(f"--model {model} holds no model: name the --output_dir of a finished training.")
+        if alone and not args.base_model:
+            raise UserError(f"--model {model} holds no whole pipeline: add --base_model, the one that was finetuned.")
+        args.entries.append((model, args.base_model if alone else model, lora))
+    if args.base_model and all(source == base for source, base, _ in args.entries):
+        raise UserError("--base_model has no effect: every --model is a whole pipeline; leave it out.")
+
+
+def names_of(args):
+    """A name for each of the models, which is a folder's, too."""
+    sources = args.samples or [lora or source for source, _, lora in args.entries]
+    names = args.names or [Path(source).resolve().name if is_folder_name(source) else source for source in sources]
+    if len(names) != len(sources):
+        raise UserError(f"--names needs {len(sources)} names, one for each of what is compared.")
+    names = [re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model" for name in names]
+    if len(set(names)) < len(names) and args.names is None:  # such as a/result and b/result
+        longer = (source.rstrip("/").split("/")[-2:] for source in sources)
+        names = [re.sub(r"[^\w.+-]+", "-", "-".join(parts)) for parts in longer]
+    if len(set(names)) < len(names):
+        raise UserError("two of what is compared have the same name: tell them apart with --names.")
+    return names
+
+
+def check_reference(args):
+    name = args.reference
+    is_file = name.endswith(".npz") or ".tar" in name
+    if is_folder_name(name) and not Path(name).exists() and not ("{" in name and is_file):
+        raise UserError(f"--reference {name}: there is no such file or folder.")
+    if name.endswith(".npz") and not Path(name).is_file():
+        raise UserError(f"--reference {name}: there is no such file.")
+
+
+def check_scores(args):
+    """The feature extractors; sets their default."""
+    if args.feature_extractor is None:
+        args.feature_extractor = ["dinov2"]
+        if inception_available():
+            args.feature_extractor.append("inception")
+        else:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print("Inception's metrics are left out: `pip install torch-fidelity` brings them.", file=sys.stderr)
+    for name in args.feature_extractor:
+        check_extractor(name)
+    short = [short_name(name) for name in args.feature_extractor]
+    if len(set(short)) < len(short):
+        raise UserError(f"--feature_extractor: two have the same name ({', '.join(short)}): rename a folder.")
+    if args.clip_model is not None:
+        check_clip(args.clip_model)
+
+
+def images_in(folder):
+    """The paths of a folder's images, in the order of their names."""
+    paths = (path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the libraries below take their seconds: --help and a wrong flag answer at once
+
+# ruff: noqa: E402
+from datetime import timedelta
+from functools import partial
+
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it remarks at import that torchvision is missing
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+
+from comparison import (
+    Reference,
+    check_counts,
+    draw_set,
+    make_report,
+    open_folders,
+    reconstruct_reference,
+    wants_clip,
+)
+from evaluation import Measured, measure, write_statistics
+from evaluation_report import write_report
+from features import ClipScorer, load_extractor
+from loading import DTYPES, load_vae
+from metrics import moments
+from sampling import all_agree, identity, read_models
+
+
+def main(args):
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    waits = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for the slowest, and for the main process's scores
+    accelerator = Accelerator(cpu=cpu, mixed_precision=args.mixed_precision, kwargs_handlers=[waits])
+    dtype = DTYPES[accelerator.mixed_precision]
+    if cpu and dtype == torch.float16:
+        raise UserError("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU.")
+    output = Path(args.output_dir)
+
+    # What is compared, and with what. All that may be missing is loaded before hours go into samples.
+    models = read_models(args) if args.model else []
+    sets, rebuilt = [] if models else open_folders(args), {}
+    reference = Reference(args, models)
+    prompts = reference.prompts(args, models) if models else None
+    check_counts(args, len(prompts or sets[0].images), reference)
+    extractors = [load_extractor(name, "cpu", args.cache_dir) for name in args.feature_extractor]
+    clip = ClipScorer(args.clip_model, "cpu", args.cache_dir) if wants_clip(args, models) else None
+
+    # The samples, paired; and what the models' VAE makes of the real images, which is as good as they can get.
+    for model in models:
+        pipe, sampler = model.load(args, accelerator.device, dtype)
+        weights = all_agree(identity(pipe) if accelerator.is_main_process else None)
+        vae = reconstruct_reference(accelerator, args, pipe.vae, reference, rebuilt)
+        for setting in itertools.product(args.num_inference_steps, args.guidance_scale or [None]):
+            drawn = draw_set(accelerator, args, model, pipe, sampler, weights, setting, prompts)
+            sets.append(drawn._replace(vae=vae))
+        del pipe
+    if args.samples and args.pretrained_vae_model_name_or_path:
+        given = load_vae(args, torch.float32).to(accelerator.device)
+        vae = reconstruct_reference(accelerator, args, given, reference, rebuilt)
+        sets = [drawn._replace(vae=vae) for drawn in sets]
+
+    # What the metrics see of them.
+    for network in filter(None, [*extractors, clip]):
+        network.to(accelerator.device)
+    see = partial(measure, accelerator, extractors=extractors, batch_size=args.batch_size)
+    see = partial(see, workers=args.dataloader_num_workers)
+    seen = {s.name: see(s.images, clip=clip, captions=prompts, title=f"Measuring {s.name}") for s in sets}
+    real = see(reference.images, title="Measuring the reference") if reference.images else Measured()
+    floors = {name: see(images, title="Measuring reconstructions") for name, images in rebuilt.items()}
+    accelerator.state.destroy_process_group()
+    if not accelerator.is_main_process:
+        return
+    real.moments |= reference.moments
+    report = make_report(args, sets, seen, real, floors, (extractors, clip), accelerator.device)
+    for name, features in real.features.items():
+        write_statistics(output / "statistics" / f"reference_{name}.npz", moments(features), name)
+    write_report(report, output)
+    print(f"See {output / 'report.html'}, report.md and report.json.")
+
+
+if __name__ == "__main__":
+    run(main, args)

@@ -1,0 +1,315 @@
+"""Models to be compared, and the folders of samples that they draw, for `evaluate_lpl.py`.
+
+Sample i is drawn from the same noise, of seed + i, and for the same caption or class, whatever the model, the batch
+size and the number of processes. It is kept as `{i}_seed{seed + i}.png`, which says in its text how it was made, and
+appears when it is complete; a run that was interrupted draws what is missing.
+"""
+
+import inspect
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline
+from PIL import Image, PngImagePlugin
+from tqdm.auto import tqdm
+
+from arguments import UserError, first_line
+from disk_cache import weights_hash
+from family import LORA_FILE, NON_EMA, NON_EMA_LORA
+from loading import given_vae_config, hub_flags, load, load_part, load_vae
+from model_checks import PIPELINES, VAES, denoiser_of, is_folder_name
+from model_families import FAMILIES, ClassConditional
+from noise import prediction_type
+from samplers import make_sampler
+
+
+@dataclass
+class Model:
+    """One of the models to be compared, and what of it is known before its weights are loaded."""
+
+    name: str
+    source: str  # Hub id or folder: a pipeline, or a denoiser that was saved alone
+    base: str  # the pipeline around it: `source` itself, or --base_model
+    lora: str | None
+    family: type = None
+    num_classes: int | None = None
+    id2label: dict = field(default_factory=dict)
+    resolution: int | None = None  # pixels that it was made for
+
+    def read_configs(self, args):
+        """Raises UserError if this is none of the models that the training scripts give."""
+        hub = {"cache_dir": args.cache_dir}
+        index = load(DiffusionPipeline, self.base, "--model", "load_config", **hub)
+        name = index["_class_name"]
+        name = name[-1] if isinstance(name, list) else name
+        if name not in FAMILIES:
+            raise UserError(f"--model {self.base} is a {name}; what can be evaluated is a {', '.join(FAMILIES)}.")
+        self.family = FAMILIES[name]
+        config = load(self.family.denoiser_class, self.source, "--model", "load_config", subfolder=self.part, **hub)
+        if args.pretrained_vae_model_name_or_path:
+            vae = given_vae_config(args)
+        else:
+            vae = load(AutoencoderKL, self.base, "--model", "load_config", subfolder="vae", **hub)
+        if issubclass(self.family, ClassConditional):
+            self.num_classes = config.get("num_classes") or config.get("num_embeds_ada_norm")
+            self.id2label = {int(label): names for label, names in (index.get("id2label") or {}).items()}
+        self.resolution = args.resolution or made_for(name, config, vae)
+        check_size(self.name, name, self.resolution, config, vae)
+
+    @property
+    def part(self):
+        return self.family.denoiser_name
+
+    def load(self, args, device, dtype):
+        """The stock pipeline, on the device, with the sampler of the flags; and what the report calls the sampler."""
+        hub = {"cache_dir": args.cache_dir}
+        raw = args.weights == "raw"
+        given = {}
+        if self.source != self.base or (raw and self.lora is None):
+            variant = NON_EMA if raw else args.variant
+            files = {"subfolder": self.part, "variant": variant, "dtype": dtype}
+            given[self.part] = load(self.family.denoiser_class, self.source, "--model", **files, **hub)
+        if args.pretrained_vae_model_name_or_path:
+            given["vae"] = load_vae(args, dtype)
+        pipe = self._load_pipeline(args, dtype, given)
+        if self.lora is not None:
+            self._add_lora(pipe, raw)
+        trained = self.lora or self.source
+        if is_folder_name(trained) and trained != self.base and Path(trained, "scheduler").is_dir():
+            pipe.scheduler = load(type(pipe.scheduler), trained, "--model", subfolder="scheduler")
+        pipe.scheduler, sampler = make_sampler(pipe.scheduler, args.sampler)
+        pipe.set_progress_bar_config(disable=True)
+        if args.offload and device.type == "cuda":
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        return pipe, sampler
+
+    def _load_pipeline(self, args, dtype, given):
+        family = self.family
+        if family.pipeline_class.__module__.startswith("diffusers."):
+            settings = {**family.unused, **family.settings, **given, "variant": args.variant, "dtype": dtype}
+            return load(family.pipeline_class, self.base, "--model", cache_dir=args.cache_dir, **settings)
+        # Part by part: nothing that lies beside the weights is run.
+        source = ModelSource(self.base, args.cache_dir, args.variant)
+        if self.part not in given:
+            files = {"subfolder": self.part, "variant": args.variant, "dtype": dtype}
+            given[self.part] = load(family.denoiser_class, self.base, "--model", **files, **hub_flags(source))
+        vae = given.get("vae") or load_part(source, "vae", dtype)
+        return family.pipeline_class(given[self.part], vae, load_part(source, "scheduler"), id2label=self.id2label)
+
+    def _add_lora(self, pipe, raw):
+        try:
+            if not self.family.stock_lora:
+                from peft import PeftModel
+
+                folder = Path(self.lora, NON_EMA) if raw else self.lora
+                setattr(pipe, self.part, PeftModel.from_pretrained(getattr(pipe, self.part), folder).eval())
+                return
+            ours = is_folder_name(self.lora) and Path(self.lora, LORA_FILE).exists()
+            name = NON_EMA_LORA if raw else LORA_FILE if ours else None
+            pipe.load_lora_weights(self.lora, **({"weight_name": name} if name else {}))
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            remedy = "give the folder or Hub id of a LoRA that was trained on this model"
+            raise UserError(f"--lora {self.lora} can't be loaded ({first_line(error)}): {remedy}.") from error
+
+
+def read_models(args):
+    """The models' configs, which must agree in what they draw; sets --resolution. Raises UserError."""
+    models = [Model(name, *entry) for name, entry in zip(args.names, args.entries)]
+    for model in models:
+        model.read_configs(args)
+    first = models[0]
+    for model in models[1:]:
+        if model.num_classes != first.num_classes:
+            kinds = [f"{m.num_classes} classes" if m.num_classes else "captions" for m in (first, model)]
+            raise UserError(f"{first.name} draws {kinds[0]} and {model.name} {kinds[1]}: they can't be compared.")
+        for label in model.id2label.keys() & first.id2label.keys():
+            if model.id2label[label] != first.id2label[label]:
+                raise UserError(
+                    f"class {label} is {first.id2label[label]} for {first.name} and {model.id2label[label]} for "
+                    f"{model.name}: their samples would not be pairs."
+                )
+        if model.resolution != first.resolution:
+            raise UserError(
+                f"{first.name} is made for {first.resolution} pixels and {model.name} for {model.resolution}: say "
+                "with --resolution what to draw."
+            )
+    args.resolution = first.resolution
+    return models
+
+
+class ModelSource:
+    """What `loading` wants to know of the flags."""
+
+    def __init__(self, name, cache_dir, variant):
+        self.pretrained_model_name_or_path, self.cache_dir, self.variant = name, cache_dir, variant
+        self.revision, self.dry_run = None, False
+
+
+def made_for(pipeline, config, vae_config):
+    """Pixels of a side: by the denoiser's config, else those that the training scripts take."""
+    size = config.get("sample_size")
+    return size * pixels_per_latent(vae_config) if isinstance(size, int) else 512
+
+
+def pixels_per_latent(vae_config):
+    blocks, _, default, _ = VAES[vae_config["_class_name"]]
+    return 2 ** (len(vae_config.get(blocks, range(default))) - 1)
+
+
+def check_size(name, pipeline, resolution, config, vae_config):
+    """Raises UserError if the model can't draw such images."""
+    patch = pixels_per_latent(vae_config)
+    if denoiser_of(pipeline) == "transformer":
+        patch *= PIPELINES[pipeline].patch or config.get("patch_size", 1)
+    if resolution % patch:
+        raise UserError(f"--resolution {resolution} must be a multiple of {patch} for {name}.")
+    if pipeline == "DiTPipeline" and resolution != made_for(pipeline, config, vae_config):
+        size = made_for(pipeline, config, vae_config)
+        raise UserError(f"--resolution {resolution}: {name} draws {size} pixels, the size it was made for.")
+
+
+def identity(pipe):
+    """A hash of all weights that draw an image."""
+    modules = [module for _, module in sorted(pipe.components.items()) if isinstance(module, torch.nn.Module)]
+    return weights_hash(*(getattr(module, "base_model", module) for module in modules))
+
+
+def guidance_name(family, pipe):
+    return family.guidance_name if family.guidance_name in call_parameters(pipe) else None
+
+
+def call_parameters(pipe):
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def draw_samples(accelerator, pipe, family, prompts, folder, settings, args):
+    """Draw what is missing of one sample per prompt; all processes call this and share the work.
+
+    Args:
+        prompts: captions or class labels, one a sample.
+        folder: where the samples are and go.
+        settings: all that the samples depend on besides, which those that are there must share: of the pipeline's
+            call `num_inference_steps`, `guidance_scale` and `guidance_rescale`.
+    """
+    if accelerator.is_main_process:
+        claim_folder(folder, settings)
+    accelerator.wait_for_everyone()
+    there = {path.name for path in folder.glob("*.png")}
+    missing = [i for i in range(len(prompts)) if sample_name(i, args.seed) not in there]
+    accelerator.wait_for_everyone()  # all have seen the same before the first one is added
+    call = {"num_inference_steps": settings["num_inference_steps"]}
+    for name, parameter in (("guidance_scale", guidance_name(family, pipe)), ("guidance_rescale", "guidance_rescale")):
+        if settings[name] is not None:
+            call[parameter] = settings[name]
+    call |= family.size_settings(args.resolution)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = [mine[start : start + args.batch_size] for start in range(0, len(mine), args.batch_size)]
+    title = f"Drawing {folder.name}"
+    for batch in tqdm(batches, title, unit="batch", disable=not accelerator.is_local_main_process or not batches):
+        images = draw_batch(pipe, family, [prompts[i] for i in batch], [args.seed + i for i in batch], call)
+        for i, image in zip(batch, images):
+            save_sample(image, folder, i, args.seed, prompts[i], settings)
+    accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def draw_batch(pipe, family, prompts, seeds, settings):
+    """PIL images of a pipeline. Raises UserError if there is too little memory."""
+    inputs = {"class_labels" if issubclass(family, ClassConditional) else "prompt": prompts}
+    inputs |= {k: [v] * len(prompts) if k == "negative_prompt" else v for k, v in family.sampling.items()}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    try:
+        return pipe(**inputs, generator=generators, **settings).images
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"too little memory to draw {len(prompts)} images at a time ({first_line(error)}): lower --batch_size, or "
+            "use --mixed_precision bf16 or --offload."
+        ) from error
+
+
+def sample_name(index, seed):
+    return f"{index:06d}_seed{seed + index}.png"
+
+
+def save_sample(image, folder, index, seed, prompt, settings):
+    """A PNG that says how it was made."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in {"prompt": prompt, "seed": seed + index, **settings}.items():
+        info.add_itxt(name, str(value))
+    save_png(image, Path(folder, sample_name(index, seed)), info)
+
+
+def save_png(image, path, info=None):
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, "PNG", pnginfo=info)
+    os.replace(temporary, path)
+
+
+def claim_folder(folder, settings):
+    """Note what the samples of a folder depend on. Raises UserError if there are some that depend on other things."""
+    path = Path(folder, "settings.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = json.loads(json.dumps(settings))
+    if path.exists():
+        there = json.loads(path.read_text())
+        changed = [name for name in wanted | there if wanted.get(name) != there.get(name)]
+        if changed:
+            name = changed[0]
+            raise UserError(
+                f"{folder} holds samples of another {name.replace('_', ' ')} ({there.get(name)}, now "
+                f"{wanted.get(name)}): choose another --output_dir, or remove that folder."
+            )
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def reconstruct(accelerator, vae, images, folder, settings, batch_size):
+    """What the VAE makes of `evaluation.Images`, as PNGs, whose paths are returned; gone on with like samples."""
+    if accelerator.is_main_process:
+        claim_folder(folder, settings)
+    accelerator.wait_for_everyone()
+    paths = [Path(folder, f"{i:06d}.png") for i in range(len(images))]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    accelerator.wait_for_everyone()  # all have seen the same before the first one is added
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    for batch in tqdm(batches, "Reconstructing", unit="batch", disable=not accelerator.is_local_main_process):
+        pixels = images.stack(batch).to(vae.device, vae.dtype) / 127.5 - 1
+        for i, image in zip(batch, encode_and_decode(vae, pixels)):
+            save_png(Image.fromarray(image.permute(1, 2, 0).numpy()), paths[i])
+    accelerator.wait_for_everyone()
+    return paths
+
+
+def encode_and_decode(vae, pixels):
+    """Pixels `[B, 3, H, W]` in [-1, 1] -> uint8 on the CPU, by way of the mean of their posterior."""
+    video = isinstance(vae, AutoencoderKLQwenImage)
+    encoded = vae.encode(pixels.unsqueeze(2) if video else pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+    decoded = vae.decode(latents).sample
+    decoded = decoded.squeeze(2) if video else decoded
+    return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+
+def all_agree(value):
+    """The main process's value, on all of them."""
+    return broadcast_object_list([value])[0]
+
+
+def describe(pipe, family, sampler, scale):
+    """What a report says of how a model draws; scale: of the flags, or None."""
+    default = call_parameters(pipe).get(family.guidance_name)
+    return {
+        "sampler": sampler,
+        "prediction_type": prediction_type(pipe.scheduler),
+        "guidance_scale": default.default if scale is None and default is not None else scale,
+    }
