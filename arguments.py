@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import interruption
@@ -107,6 +108,18 @@ def complaint(main, args, resumable):
 def first_line(error):
     """What an error says, on one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def as_flags(**names):
+    """Inside, errors name these flags for others: the data is read by the training scripts' functions."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for theirs, ours in names.items():
+            text = text.replace(f"--{theirs}", f"--{ours}")
+        raise UserError(text) from error
 
 
 def auto_or_number(text):
@@ -344,6 +357,14 @@ def add_output_arguments(parser, guidance_scale=None):
     add("--validation_guidance_scale", type=number, default=guidance_scale, help="classifier-free guidance of the "
         "drawings; by default " + ("7.5" if guidance_scale else "the pipeline's own"))
     add("--validation_inference_steps", type=int, default=25, help="sampler steps of the drawings")
+    add("--eval_steps", type=int, help="optimizer steps between evaluations on images held out of training: the "
+        "losses at fixed noise levels")
+    add("--eval_data_dir", metavar="FOLDER", help="these images, a folder like --train_data_dir; by default")
+    add("--eval_share", type=number, default=0.1, help="this share of the training images is held out")
+    add("--eval_samples", type=int, default=0, help="images to draw at each evaluation; their Frechet and kernel "
+        "distances to those held out are logged, as of a small sample")
+    add("--eval_feature_extractor", metavar="MODEL", default="dinov2", help="Hub id or folder of the vision model "
+        "whose features are compared, dinov2 or inception")
     add("--skip_final_inference", action="store_true", help="do not load the result and draw the prompts at the end")
     add("--logging_dir", default="logs", help="tracker files, inside --output_dir")
     add("--logging_steps", type=int, default=10, help="optimizer steps between log lines")
@@ -480,7 +501,7 @@ AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
     "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
     "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length "
-    "num_class_images shuffle_buffer_size nccl_timeout"
+    "num_class_images shuffle_buffer_size nccl_timeout eval_steps"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "
@@ -529,15 +550,15 @@ ADAM_FLAGS = "--adam_beta1 --adam_beta2 --adam_epsilon".split()
 PRODIGY_FLAGS = "--prodigy_beta3 --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup".split()
 EMA_FLAGS = "--ema_decay --offload_ema --foreach_ema --save_non_ema".split()
 HUB_FLAGS = "--hub_model_id --hub_token --hub_private_repo --hub_strategy".split()
-DRAWING_FLAGS = (
-    "--validation_steps --validation_epochs --num_validation_images --validation_guidance_scale "
-    "--validation_inference_steps --skip_final_inference"
-).split()
+PROMPT_FLAGS = "--validation_steps --validation_epochs --num_validation_images --skip_final_inference".split()
+DRAWING_FLAGS = "--validation_guidance_scale --validation_inference_steps".split()
+EVAL_FLAGS = "--eval_data_dir --eval_share --eval_samples --eval_feature_extractor".split()
 BIAS_FLAGS = "--timestep_bias_multiplier --timestep_bias_portion --timestep_bias_begin --timestep_bias_end".split()
 
 
 def check_combinations(args):
     """No flag is silently without effect, and none contradicts another. Raises UserError."""
+    draws = args.validation_prompts or args.validation_prompt is not None or args.eval_samples
     for flags, needed, there in (
         (LORA_FLAGS, "--use_lora", args.use_lora),
         (EMA_FLAGS, "--use_ema", args.use_ema),
@@ -548,7 +569,10 @@ def check_combinations(args):
         (["--dataset_config_name", "--streaming"], "--dataset_name", args.dataset_name),
         (["--shuffle_buffer_size"], "--streaming", args.streaming),
         (["--caption_weights"], "--caption_column", args.caption_column),
-        (DRAWING_FLAGS, "--validation_prompts", args.validation_prompts or args.validation_prompt is not None),
+        (PROMPT_FLAGS, "--validation_prompts", args.validation_prompts or args.validation_prompt is not None),
+        (DRAWING_FLAGS, "--validation_prompts or --eval_samples", draws),
+        (EVAL_FLAGS, "--eval_steps", args.eval_steps),
+        (["--eval_feature_extractor"], "--eval_samples", args.eval_samples),
         (BIAS_FLAGS[:1], "--timestep_bias_strategy", args.timestep_bias_strategy != "none"),
         (BIAS_FLAGS[1:2], "--timestep_bias_strategy earlier or later", args.timestep_bias_strategy[-2:] == "er"),
         (BIAS_FLAGS[2:], "--timestep_bias_strategy range", args.timestep_bias_strategy == "range"),
@@ -594,6 +618,7 @@ def check_combinations(args):
             "and leave --hub_token out."
         )
     check_data(args)
+    check_evaluation(args)
     check_prompts(args)
     for first, second in (
         ("train_data_dir", "dataset_name"),
@@ -635,6 +660,27 @@ def check_data(args):
         raise UserError("--latent_cache_dir is empty: name a folder, or leave the flag out.")
     if args.latent_cache_dir and Path(args.latent_cache_dir).is_file():
         raise UserError(f"--latent_cache_dir {args.latent_cache_dir} is a file: name a folder.")
+
+
+def check_evaluation(args):
+    """The --eval_ flags."""
+    if args.eval_data_dir:
+        check_unused(args, ["--eval_share"], "--eval_data_dir")
+        if not Path(args.eval_data_dir).is_dir():
+            raise UserError(f"--eval_data_dir {args.eval_data_dir} is no folder: give one with images.")
+    elif args.eval_steps and args.streaming:
+        raise UserError("--eval_steps: of a stream no images can be held out: give some in --eval_data_dir.")
+    if args.eval_samples == 1 or args.eval_samples < 0:
+        raise UserError(f"--eval_samples {args.eval_samples} must be at least 2, or 0 for none.")
+    if not 0 < args.eval_share < 1:
+        raise UserError(f"--eval_share {args.eval_share} must be between 0 and 1.")
+    if args.eval_samples:
+        from features import check_extractor
+
+        with as_flags(feature_extractor="eval_feature_extractor"):
+            check_extractor(args.eval_feature_extractor)
+    if not args.eval_steps or args.eval_data_dir:
+        args.eval_share = 0.0  # all are trained on
 
 
 def check_result(args):

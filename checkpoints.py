@@ -272,7 +272,8 @@ FREE = set(
     "validation_prompt validation_steps validation_epochs num_validation_images validation_guidance_scale "
     "validation_inference_steps skip_final_inference logging_dir logging_steps report_to tracker_project_name "
     "push_to_hub hub_strategy hub_model_id hub_token hub_private_repo save_dtype max_shard_size save_only_trained "
-    "save_non_ema output_kohya_format nccl_timeout seed max_bad_images num_train_epochs".split()
+    "save_non_ema output_kohya_format nccl_timeout seed max_bad_images num_train_epochs eval_steps eval_data_dir "
+    "eval_samples eval_feature_extractor".split()
 )
 # That follow from others:
 FREE |= set(

@@ -11,12 +11,12 @@ import torch
 from tqdm.auto import tqdm
 
 import metrics
-from arguments import UserError
+from arguments import UserError, as_flags
 from captions import draw_text
 from data_sources import caption_of, files_identity
 from data_utils import make_stream
 from disk_cache import weights_hash
-from evaluation import ImageFiles, StreamImages, as_flags, log_power, moments_of, read_statistics, score
+from evaluation import ImageFiles, StreamImages, log_power, moments_of, read_statistics, score
 from evaluation_report import paper_numbers
 from features import CLIP, short_name
 from images import IMAGE_EXTENSIONS

@@ -19,13 +19,14 @@ import itertools
 import logging
 import math
 import os
+from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
 
 import interruption
-from arguments import UserError
+from arguments import UserError, as_flags
 from buckets import BucketOrder, nearest_bucket
 from captions import all_texts, draw_text, with_trigger_word
 from data_sources import (
@@ -42,6 +43,7 @@ from data_sources import (
     read_image_folder,
     read_shards,
     scan_folder,
+    select,
     too_many_bad_images,
 )
 from images import IMAGE_ERRORS, load_image, reason, transform
@@ -51,8 +53,9 @@ from model_checks import class_ids, label_of
 logger = logging.getLogger(__name__)
 
 # Every kind of random decision has its own generators: more caption dropout leaves all crops as they were.
-EPOCH_ORDER, CROP_AND_FLIP, CAPTION, BUCKET_ORDER, BLOCK_ORDER = range(5)
-PRIOR_POSITION = 2**40  # where the positions of images of the class begin, far from all others
+EPOCH_ORDER, CROP_AND_FLIP, CAPTION, BUCKET_ORDER, BLOCK_ORDER, HELD_OUT = range(6)
+# Where the positions of images of the class, and of those held out, begin, far from all others.
+PRIOR_POSITION, HELD_OUT_POSITION = 2**40, 2**41
 
 
 @lru_cache(maxsize=2)  # a batch may need the end of one epoch and the beginning of the next
@@ -88,6 +91,7 @@ class TrainingStream:
     cache: object | None = None  # index, flip -> the sample as `cache_latents` has encoded it
     embeddings: object | None = None  # caption -> its embeddings, if they are cached on the disk
     prior: object | None = None  # the stream of images of the class, for prior preservation
+    held_out: object | None = None  # the stream of images that are not trained on, for --eval_steps
 
     def __post_init__(self):
         if not len(self.samples):
@@ -251,7 +255,8 @@ def not_finite(name):
 def all_captions(stream):
     """Every caption, or class label, that the stream can give."""
     captions = {""} if stream.proportion_empty_prompts else set()
-    captions |= all_captions(stream.prior) if stream.prior is not None else set()
+    for other in filter(None, (stream.prior, stream.held_out)):
+        captions |= all_captions(other)
     for caption in labels_of(stream.samples):
         if caption is not None:  # of an image that will be found to have none
             captions |= {with_trigger_word(text, stream.trigger_word) for text in all_texts(caption)}
@@ -370,11 +375,74 @@ def _add_classes(args, samples, names):
 
 
 def make_stream(args):
-    """The stream that the data flags describe. Files were mostly read and checked with the flags already."""
+    """The stream that the data flags describe, and in `held_out` that of --eval_steps, if there is one.
+
+    Files were mostly read and checked with the flags already.
+    """
     if args.streaming:
         from streaming import open_stream
 
-        return open_stream(args)
+        stream = open_stream(args)
+    else:
+        stream = open_samples(args)
+    if args.eval_data_dir:
+        with as_flags(train_data_dir="eval_data_dir"):
+            other = {"train_data_dir": args.eval_data_dir, "dataset_name": None, "train_shards": None}
+            other |= {"samples": None, "max_train_samples": None, "max_bad_images": None}
+            stream.held_out = unchanging(open_samples(Namespace(**{**vars(args), **other})))
+    elif args.eval_steps:
+        hold_out(stream, args.eval_share)
+    return stream
+
+
+def hold_out(stream, share):
+    """Moves a share of the samples, drawn with the seed, at least one, to the stream `held_out`."""
+    count = max(1, round(share * stream.num_samples))
+    if count >= stream.num_samples:
+        raise UserError(f"--eval_share {share} of {stream.num_samples} images leaves none to train on: add images.")
+    order = np.random.default_rng([stream.seed, HELD_OUT]).permutation(stream.num_samples)
+    stream.held_out = unchanging(replace(stream, samples=select(stream.samples, np.sort(order[:count]))))
+    stream.samples = select(stream.samples, np.sort(order[count:]))
+    stream.__post_init__()
+
+
+def unchanging(stream):
+    """A stream whose images are always cropped alike."""
+    return replace(stream, center_crop=True, random_flip=False, proportion_empty_prompts=0.0, buckets=None)
+
+
+def held_out_batch(stream, indices):
+    """A batch of these images, the same at every call; see `build_dataloader`."""
+    batch = _Batches(HeldOutItems(stream), len(indices))[indices]
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def held_out_caption(stream, index):
+    """A text, or the label, of an image's caption."""
+    rng = np.random.default_rng([stream.seed, CAPTION, HELD_OUT_POSITION + index])
+    return with_trigger_word(draw_text(caption_of(stream.samples, index), rng), stream.trigger_word)
+
+
+@dataclass
+class HeldOutItems:
+    """What `_Batches` wants of a stream; an item are the indices of images."""
+
+    stream: TrainingStream
+    prior = embeddings = cache = None
+
+    def batch(self, indices, batch_size):
+        return [self._sample(index) for index in indices]
+
+    def _sample(self, index):
+        stream = self.stream
+        load = partial(stream._load, index, False, None)
+        return stream.sample(HELD_OUT_POSITION + index, [(partial(name_of, stream.samples, index), load)])
+
+
+def open_samples(args):
+    """The stream of data that is there as a whole."""
     if args.train_data_dir or args.train_shards:
         samples, bad = args.samples or read_data(args)
     else:

@@ -6,7 +6,6 @@ Shapes: N images of a set, B of a batch, H x W pixels, D features, R rings of fr
 
 import os
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,13 +100,13 @@ class ArrayImages(Images):
 
 
 class ListedImages(Images):
-    """PIL images in memory."""
+    """PIL images in memory: `images[i]`, which each process needs to have only of its share."""
 
-    def __init__(self, images):
-        self.images = images
+    def __init__(self, images, count):
+        self.images, self.count = images, count
 
     def __len__(self):
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, index):
         return to_tensor(self.images[index])
@@ -306,15 +305,3 @@ def write_statistics(path, moments, extractor):
     mean, covariance = moments.mean.numpy(), moments.covariance.numpy()
     np.savez(temporary, mu=mean, sigma=covariance, extractor=extractor, count=moments.count)
     os.replace(temporary, path)
-
-
-@contextmanager
-def as_flags(**names):
-    """Inside, errors name these flags for others: the data is read by the training scripts' functions."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error)
-        for theirs, ours in names.items():
-            text = text.replace(f"--{theirs}", f"--{ours}")
-        raise UserError(text) from error

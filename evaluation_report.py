@@ -6,14 +6,11 @@ paper_numbers    what the paper measured under the same conditions, or nothing
 Markdown and HTML are two renderings of the same list of blocks, so they say the same.
 """
 
-import base64
 import html
 import io
 import json
 import math
 import os
-import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +19,25 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from PIL import Image, ImageDraw, ImageFont
+
+from report_blocks import (
+    PAGE,
+    PAIRS,
+    Bullets,
+    Cell,
+    Folded,
+    Heading,
+    Picture,
+    Samples,
+    Table,
+    Text,
+    contact_sheet,
+    first_samples,
+    png,
+)
 
 
-CURVES, SPECTRA, PAIRS = "curves.png", "spectra.png", "pairs.png"
-NUM_PAIRS, THUMBNAIL, CELL = 6, 512, 256  # samples shown; largest side in report.html; side in pairs.png
+CURVES, SPECTRA = "curves.png", "spectra.png"
 STEPS, GUIDANCE = 50, 2.0  # the paper's, in whose vicinity pairs and spectra of a sweep are shown
 BAND_BORDERS = (75 / 256, 150 / 256)  # shares of the Nyquist frequency; Sec. 4.2 of the paper, at 512 pixels
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # Okabe & Ito: told apart by everybody
@@ -103,7 +114,8 @@ def introduction(report):
         words += f", against {settings['reference']}"
     if settings.get("num_reference_samples"):
         words += f" ({settings['num_reference_samples']:,} images)"
-    return f"{words}. All models drew with the same noise and the same prompts, sample by sample."
+    same = " All models drew with the same noise and the same prompts, sample by sample."
+    return f"{words}.{same * (len(report['models']) > 1)}"
 
 
 def flat(settings, prefix=""):
@@ -182,8 +194,9 @@ class Setting(NamedTuple):
     guidance: float | None
 
     def __str__(self):
-        steps = [f"{self.steps} steps"] * (self.steps is not None)
-        return ", ".join(steps + [f"guidance {self.guidance:g}"] * (self.guidance is not None)) or "one setting"
+        steps = [] if self.steps is None else [f"{self.steps} steps"]
+        guidance = [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        return ", ".join(steps + guidance) or "default settings"
 
 
 def label_of(model):
@@ -227,7 +240,7 @@ class View:
         return len(self.settings) > 1
 
     def distance_to_defaults(self, setting):
-        """Few models first, then far from the usual number of steps, then from the usual guidance."""
+        """What a setting is sorted by: models that it lacks, then how far its steps, then its guidance are off."""
         steps, guidance = self.options.get("num_inference_steps"), self.options.get("guidance_scale")
         steps = steps if isinstance(steps, (int, float)) else STEPS
         guidance = guidance if isinstance(guidance, (int, float)) else GUIDANCE
@@ -362,7 +375,9 @@ def outcome(view):
     for (first, second), settings in compared(view).items():
         blocks += [Heading(2, f"Is {second} better than {first}?")]
         table = difference_table(view, first, second, settings)
-        if len(settings) > 1:
+        if all(line.verdict == UNKNOWN for _, _, lines in settings for line in lines):
+            blocks += [Text("There are no intervals: any difference may be chance.", "outcome"), table]
+        elif len(settings) > 1:
             blocks += [Text(sweep_summary(second, settings), "outcome"), overview(view, second, settings)]
             blocks += [Folded(f"All differences: {second} minus {first}", table)]
         else:
@@ -383,8 +398,6 @@ def outcome(view):
 def summary(first, second, count, lines):
     """How much by the first metric, how many metrics, and which ones."""
     by = {verdict: [line for line in lines if line.verdict == verdict] for verdict in VERDICTS}
-    if len(by[UNKNOWN]) == len(lines):
-        return [Text("There are no intervals: any difference may be chance.", "outcome")]
     sentence = f"{second} is better in {len(by[BETTER])} of {len(lines)} metrics, worse in {len(by[WORSE])}"
     if by[DIFFERENT]:
         sentence += f", different without being clearly better or worse in {len(by[DIFFERENT])}"
@@ -393,9 +406,7 @@ def summary(first, second, count, lines):
     places = decimals(line.interval) if line.interval else None
     example = f"{line.metric.title}: {number(line.second, places)} with {second}, {number(line.first, places)} with "
     example += f"{first}, a difference of {line.text()}: {line.verdict}."
-    named = [(verdict, [line.metric.title for line in by[verdict]]) for verdict in (BETTER, WORSE, DIFFERENT)]
-    named += [(UNDECIDED, [needed(line) for line in by[UNDECIDED]])]
-    items = [f"{verdict.capitalize()}: {'; '.join(titles)}." for verdict, titles in named if titles]
+    items = [f"{verdict.capitalize()}: {'; '.join(map(needed, by[verdict]))}." for verdict in VERDICTS if by[verdict]]
     return [Text(sentence, "outcome"), Text(example), Bullets(items)]
 
 
@@ -406,11 +417,10 @@ def sweep_summary(second, settings):
         counts = [sum(line.verdict == verdict for line in lines) for _, _, lines in settings]
         return f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
 
-    sentence = (
+    return (
         f"Depending on the setting, {second} is better in {among(BETTER)} of {len(settings[0][2])} metrics, worse in "
+        f"{among(WORSE)}; {among(UNDECIDED)} can't tell the two apart with {settings[0][1]:,} samples."
     )
-    sentence += f"{among(WORSE)}; {among(UNDECIDED)} can't tell the two apart with {settings[0][1]:,} samples."
-    return sentence
 
 
 def overview(view, second, settings):
@@ -420,12 +430,13 @@ def overview(view, second, settings):
         verdicts = [[line.verdict for line in lines if line.metric is metric] for _, _, lines in settings]
         if any(verdicts):
             cells = [Cell(found[0], found[0]) if found else Cell("-") for found in verdicts]
-            rows += [[Cell(f"{metric.title} {direction(metric)}"), *cells]]
+            rows += [[Cell(f"{metric.title}\u00a0{direction(metric)}"), *cells]]
     return Table([f"{second} is", *(where for where, _, _ in settings)], rows, "narrow")
 
 
 def needed(line):
-    if not line.samples_needed:
+    """A metric's name, and if it is undecided how many samples it would take."""
+    if line.verdict != UNDECIDED or not line.samples_needed:
         return line.metric.title
     return f"{line.metric.title} (about {rounded(line.samples_needed)} samples would tell)"
 
@@ -438,7 +449,7 @@ def values(view):
     floor = ["VAE's reconstructions (floor)"] if view.floor else []
     rows = []
     for name, metric in view.metrics.items():
-        title = f"{metric.title} {direction(metric)}"
+        title = f"{metric.title}\u00a0{direction(metric)}"
         limit = [Cell(number(view.floor.get(name), None), "floor")] if view.floor else []
         if view.swept:
             rows += [[Cell(title)]]
@@ -451,14 +462,14 @@ def values(view):
     if view.floor:
         legend += " The floor: the reference images themselves, encoded and decoded by the VAE."
     first = "Setting" if view.swept else "Metric"
-    table = Table([first, *view.labels, *floor], rows)
+    table = Table([first, *view.labels, *floor], rows, "wrapped")
     table = Folded("All values", table) if view.swept else table
     return [Heading(2, "Metrics"), table, Text(legend, "small")]
 
 
 def direction(metric):
     """How to read a metric: an arrow, with the target where there is one."""
-    return f"{NEARER} {metric.target:.4g}" if metric.better == NEARER else metric.better or ""
+    return f"{NEARER}\u00a0{metric.target:.4g}" if metric.better == NEARER else metric.better or ""
 
 
 def difference_table(view, first, second, settings):
@@ -466,20 +477,12 @@ def difference_table(view, first, second, settings):
     rows = []
     for metric in view.metrics.values():
         lines = [(where, line) for where, _, lines in settings for line in lines if line.metric is metric]
-        title = f"{metric.title} {direction(metric)}"
+        title = f"{metric.title}\u00a0{direction(metric)}"
         if len(settings) > 1 and lines:
             rows += [[Cell(title)]]
         rows += [comparison_row(where if len(settings) > 1 else title, line) for where, line in lines]
-    titles = [
-        "Setting" if len(settings) > 1 else "Metric",
-        "",
-        "Verdict",
-        "Difference",
-        first,
-        second,
-        "Samples needed",
-    ]
-    return Table(titles, rows)
+    name = "Setting" if len(settings) > 1 else "Metric"
+    return Table([name, "", "Verdict", "Difference", first, second, "Samples needed"], rows)
 
 
 def comparison_row(title, line):
@@ -524,16 +527,15 @@ def paper_table(view):
 def curves(view, folder):
     """Metrics against the number of steps and the guidance scale, as in Figs. 8 and 19 of the paper."""
     panels = []
-    for place, (title, other) in enumerate((("sampling steps", "guidance"), ("guidance scale", "steps"))):
-        held = view.main[1 - place]
-        at = [setting for setting in view.settings if setting[1 - place] == held and setting[place] is not None]
+    for place, title in enumerate(("sampling steps", "guidance scale")):
+        other = 1 - place
+        at = [
+            setting for setting in view.settings if setting[other] == view.main[other] and setting[place] is not None
+        ]
         if len(at) < 2:
             continue
-        title = (
-            title
-            if held is None or len({setting[1 - place] for setting in view.settings}) < 2
-            else (f"{title} (guidance {held:g})" if other == "guidance" else f"{title} ({held} steps)")
-        )
+        if len({setting[other] for setting in view.settings}) > 1:
+            title += f", at {view.main._replace(**{Setting._fields[place]: None})}"
         names = [name for name in view.metrics if "_reconstructed" not in name]
         panels += [partial(draw_curve, view, name, at, place, title) for name in names]
     if not panels:
@@ -563,7 +565,7 @@ def draw_curve(view, name, settings, place, title, axis):
         axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     metric = view.metrics[name]
-    axis.set_title(f"{metric.title} {direction(metric)}", fontsize=10)
+    axis.set_title(f"{metric.title}\u00a0{direction(metric)}", fontsize=10)
     axis.set_xlabel(title)
     axis.legend(axis.get_lines()[: len(view.labels)], view.labels, fontsize=8, frameon=False)
 
@@ -574,40 +576,44 @@ def spectra(view, folder):
     panels = [partial(draw_powers, view, drawn), partial(draw_errors, view, drawn)]
     if not drawn:
         return []
-    picture = Picture(
-        SPECTRA, "Power spectra, and their error against the reference", draw_panels(panels, folder / SPECTRA)
-    )
+    files = draw_panels(panels, folder / SPECTRA)
+    picture = Picture(SPECTRA, "Power spectra, and their error against the reference", files)
     text = "First the mean over all images, then its difference from the reference; below 0 there is too little "
     text += f"detail. Bands: {view.level} intervals. Dotted: where the paper divides low, middle and high frequencies."
     return [Heading(2, "Power spectra" + f" at {view.main}" * view.swept), picture, Text(text, "small")]
 
 
 def draw_powers(view, models, axis):
-    lines = [("reference", view.reference.get("spectrum"), {"color": "black"})]
-    lines += [("VAE's reconstructions", view.reconstructions.get("spectrum"), {"color": "gray", "linestyle": "--"})]
-    lines += [(label_of(model), model["spectrum"], {"color": view.colors[label_of(model)]}) for model in models]
-    lines = [(label, spectrum, look) for label, spectrum, look in lines if spectrum]
-    drawn = [
-        axis.plot(s["frequency"], missing_as_nan(s["log_power"]), linewidth=1.3, **look)[0] for _, s, look in lines
-    ]
-    axis.legend(drawn, [label for label, *_ in lines], fontsize=8, frameon=False)
+    lines = [("reference", view.reference.get("spectrum") or {}, {"color": "black"}), *spectrum_lines(view, models)]
+    draw_spectra(axis, lines, "log_power")
     finish_spectrum(axis, "Power spectrum", "log power in nats")
 
 
 def draw_errors(view, models, axis):
-    axis.axhline(0, color="black", linewidth=1)
-    floor = view.reconstructions.get("spectrum")
-    lines = [("VAE's reconstructions", floor, {"color": "gray", "linestyle": "--"})]
-    lines += [(label_of(model), model["spectrum"], {"color": view.colors[label_of(model)]}) for model in models]
-    lines = [(label, spectrum, look) for label, spectrum, look in lines if spectrum and spectrum.get("error")]
-    drawn = []
+    lines = spectrum_lines(view, models)
+    draw_spectra(axis, lines, "error")
     for _, spectrum, look in lines:
-        drawn += axis.plot(spectrum["frequency"], missing_as_nan(spectrum["error"]), linewidth=1.3, **look)
         if spectrum.get("low") and spectrum.get("high"):
             low, high = missing_as_nan(spectrum["low"]), missing_as_nan(spectrum["high"])
             axis.fill_between(spectrum["frequency"], low, high, color=look["color"], alpha=0.2, linewidth=0)
-    axis.legend(drawn, [label for label, *_ in lines], fontsize=8, frameon=False)
+    axis.axhline(0, color="black", linewidth=1)
     finish_spectrum(axis, "Error against the reference", "difference of log power in nats")
+
+
+def spectrum_lines(view, models):
+    """list of (label, spectrum, look) of the reconstructions and the models."""
+    floor = view.reconstructions.get("spectrum") or {}
+    lines = [("VAE's reconstructions", floor, {"color": "gray", "linestyle": "--"})]
+    return lines + [(label_of(m), m["spectrum"], {"color": view.colors[label_of(m)]}) for m in models]
+
+
+def draw_spectra(axis, lines, name):
+    labels, drawn = [], []
+    for label, spectrum, look in lines:
+        if spectrum.get(name):
+            drawn += axis.plot(spectrum["frequency"], missing_as_nan(spectrum[name]), linewidth=1.3, **look)
+            labels += [label]
+    axis.legend(drawn, labels, fontsize=8, frameon=False)
 
 
 def missing_as_nan(numbers):
@@ -654,15 +660,6 @@ def save_figure(figure, path):
 # Samples, side by side
 
 
-class Sample(NamedTuple):
-    """The same noise and prompt in each model."""
-
-    title: str
-    caption: str
-    images: list  # of PIL images, one per model
-    window: tuple | None  # left, upper, right, lower: where they differ most
-
-
 def pairs(view, folder):
     """The first samples of each model side by side, with a detail of each."""
     at = {label: model for label, model in view.at(view.main).items() if model.get("samples")}
@@ -676,309 +673,6 @@ def pairs(view, folder):
         text += "where the models differ most; it is at the same place in all of them"
     heading = Heading(2, "Samples" + f" at {view.main}" * view.swept)
     return [heading, Text(f"{text}.", "small"), Samples(samples, list(at))]
-
-
-def first_samples(folders):
-    """list of Sample: those with the smallest indices that all folders have."""
-    files = [{path.name.split("_")[0]: path for path in sorted(folder.glob("*.png"))} for folder in folders]
-    shared = sorted(set.intersection(*(set(found) for found in files)) if files else [])
-    samples = []
-    for index in shared[:NUM_PAIRS]:
-        images, captions = zip(*(read_sample(found[index]) for found in files))
-        seed = re.search(r"seed(\d+)", files[0][index].name)
-        title = f"Sample {int(index) if index.isdigit() else index}" + (f", seed {seed[1]}" if seed else "")
-        samples += [Sample(title, next(filter(None, captions), ""), list(images), detail_window(images))]
-    return samples
-
-
-def read_sample(path):
-    """(RGB image, its prompt or "")."""
-    with Image.open(path) as image:
-        return image.convert("RGB"), str(image.info.get("prompt", ""))
-
-
-def detail_window(images):
-    """The square of a quarter of the shorter side in which images of one size differ most; None if they can't.
-
-    That is where the range over the images (of two: the absolute difference), averaged over the colours and blurred
-    by a Gaussian of a quarter of the window, is largest.
-    """
-    if len(images) < 2 or len({image.size for image in images}) > 1:
-        return None
-    pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    spread = (pixels.max(axis=0) - pixels.min(axis=0)).mean(axis=-1)  # [H, W]
-    window = max(1, min(spread.shape) // 4)
-    rows, columns = (gaussians(size, window) for size in spread.shape)
-    blurred = rows @ spread @ columns.T  # at each place of the window
-    top, left = np.unravel_index(blurred.argmax(), blurred.shape)
-    return int(left), int(top), int(left) + window, int(top) + window
-
-
-def gaussians(size, window):
-    """[size - window + 1, size]: for each place of a window, weights of the pixels around its middle."""
-    middles = np.arange(size - window + 1)[:, None] + (window - 1) / 2
-    return np.exp(-0.5 * ((np.arange(size)[None, :] - middles) / (window / 4)) ** 2)
-
-
-def framed(image, window):
-    """The image with the window's frame, white in black; as it is without a window."""
-    image = image.copy()
-    if window:
-        left, top, right, bottom = window
-        draw, line = ImageDraw.Draw(image), max(1, min(image.size) // 200)
-        draw.rectangle(
-            (left - 2 * line, top - 2 * line, right - 1 + 2 * line, bottom - 1 + 2 * line), None, "black", line
-        )
-        draw.rectangle((left - line, top - line, right - 1 + line, bottom - 1 + line), None, "white", line)
-    return image
-
-
-def contact_sheet(samples, labels):
-    """One PIL image: a row per sample; the models' images, then their details."""
-    details = samples[0].window is not None
-    top, gap, columns = 26, 4, len(labels) * (1 + details)
-    step = CELL + gap
-    sheet = Image.new("RGB", (columns * step - gap, len(samples) * (step + top)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for y, sample in enumerate(samples):
-        cells = [framed(image, sample.window) for image in sample.images]
-        cells += [image.crop(sample.window) for image in sample.images if sample.window]
-        titles = [*labels, *(f"{label}, detail" for label in labels)]
-        for x, (cell, title) in enumerate(zip(cells, titles)):
-            sampling = Image.Resampling.NEAREST if x >= len(labels) else Image.Resampling.LANCZOS
-            scale = CELL / max(cell.size)
-            cell = cell.resize([max(1, round(side * scale)) for side in cell.size], sampling)
-            sheet.paste(cell, (x * step, y * (step + top) + top))
-            text = f"{sample.title.removeprefix('Sample ')}: {title}"
-            while len(text) > 4 and font.getlength(text) > CELL:
-                text = f"{text[:-4]}..."
-            draw.text((x * step, y * (step + top) + top // 2), text, fill="black", font=font, anchor="lm")
-    return sheet
-
-
-def png(image):
-    file = io.BytesIO()
-    image.save(file, format="png", optimize=True)
-    return file.getvalue()
-
-
-def jpeg(image):
-    """A thumbnail; without the usual halving of colour, as details are what one looks for."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, format="jpeg", quality=90, subsampling=0)
-    return file.getvalue()
-
-
-# Blocks: each can say itself in Markdown and in HTML
-
-
-def escaped(text):
-    """Plain text for a line of Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(str(text).split()))
-
-
-def data_url(kind, content):
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-@dataclass
-class Heading:
-    level: int
-    text: str
-
-    def markdown(self):
-        return f"{'#' * self.level} {escaped(self.text)}"
-
-    def html(self):
-        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
-
-
-@dataclass
-class Text:
-    text: str
-    kind: str = ""
-
-    def markdown(self):
-        return escaped(self.text)
-
-    def html(self):
-        return f'<p class="{self.kind}">{html.escape(self.text)}</p>'
-
-
-@dataclass
-class Bullets:
-    items: list
-    kind: str = ""
-
-    def markdown(self):
-        before = "**Note:** " if self.kind == "note" else ""
-        return "\n".join(f"- {before}{escaped(item)}" for item in self.items)
-
-    def html(self):
-        return f'<ul class="{self.kind}">{"".join(f"<li>{html.escape(str(item))}</li>" for item in self.items)}</ul>'
-
-
-class Cell(NamedTuple):
-    text: str
-    kind: str = ""  # CSS class
-    drawing: str = ""  # SVG, in HTML alone
-
-
-@dataclass
-class Table:
-    """Rows of cells, the first of which is the row's name; a row of one cell is a heading over those below it."""
-
-    titles: list
-    rows: list
-    kind: str = ""  # CSS class
-
-    def markdown(self):
-        kept = [i for i, title in enumerate(self.titles) if title]  # drawings have no title
-        lines = [[escaped(self.titles[i]) for i in kept], ["---"] * len(kept)]
-        for row in self.rows:
-            texts = [f"**{escaped(row[0].text)}**"] if len(row) == 1 else [escaped(row[i].text) for i in kept]
-            lines += [texts + [""] * (len(kept) - len(texts))]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def html(self):
-        head = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in self.titles)
-        body = "\n".join(self.row(row) for row in self.rows)
-        table = f'<table class="{self.kind}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
-        return f'<div class="scroll">{table}</div>'
-
-    def row(self, cells):
-        if len(cells) == 1:
-            return f'<tr><th class="group" colspan="{len(self.titles)}">{html.escape(cells[0].text)}</th></tr>'
-        first, *others = cells
-        others = "".join(f'<td class="{cell.kind}">{cell.drawing or html.escape(cell.text)}</td>' for cell in others)
-        return f'<tr><th scope="row">{html.escape(first.text)}</th>{others}</tr>'
-
-
-@dataclass
-class Folded:
-    """A long table, in HTML behind a line to click on."""
-
-    text: str
-    table: Table
-
-    def markdown(self):
-        return f"{escaped(self.text)}:\n\n{self.table.markdown()}"
-
-    def html(self):
-        return f"<details><summary>{html.escape(self.text)}</summary>{self.table.html()}</details>"
-
-
-@dataclass
-class Picture:
-    """A file beside the Markdown; in HTML its panels, which stack on a narrow screen."""
-
-    name: str
-    text: str
-    panels: list  # SVG files, as bytes
-
-    def markdown(self):
-        return f"![{escaped(self.text)}]({self.name})"
-
-    def html(self):
-        sources = (data_url("svg+xml", panel) for panel in self.panels)
-        images = "".join(f'<img src="{source}" alt="{html.escape(self.text)}">' for source in sources)
-        return f'<div class="panels">{images}</div>'
-
-
-@dataclass
-class Samples:
-    samples: list
-    labels: list
-
-    def markdown(self):
-        lines = [f"- {escaped(sample.title)}: {escaped(sample.caption) or '(no prompt)'}" for sample in self.samples]
-        return "\n".join([f"![Samples of {escaped(', '.join(self.labels))}]({PAIRS})", "", *lines])
-
-    def html(self):
-        return "\n".join(self.section(sample) for sample in self.samples)
-
-    def section(self, sample):
-        caption = f"<b>{html.escape(sample.title)}</b> {html.escape(sample.caption)}"
-        figures = []
-        for image, label in zip(sample.images, self.labels):
-            sources = [("whole", data_url("jpeg", jpeg(framed(image, sample.window))))]
-            if sample.window:
-                sources += [("detail", data_url("png", png(image.crop(sample.window))))]
-            alt = html.escape(f"{sample.title}, {label}")
-            images = "".join(f'<img class="{kind}" src="{url}" alt="{alt}, {kind}">' for kind, url in sources)
-            figures += [f"<figure><div>{images}</div><figcaption>{html.escape(label)}</figcaption></figure>"]
-        figures = f'<div class="pair" style="--models:{len(figures)}">{"".join(figures)}</div>'
-        return f'<section class="sample"><p>{caption}</p>{figures}</section>'
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 1180px; margin: 0 auto;
-  padding: 1rem; overflow-wrap: break-word; }}
-h1 {{ font-size: 1.7rem; line-height: 1.2; margin: .5rem 0; }}
-h2 {{ font-size: 1.25rem; margin: 2.2rem 0 .5rem; padding-top: .6rem; border-top: 1px solid #d5dae0; }}
-h3 {{ font-size: 1.05rem; margin: 1.4rem 0 .4rem; }}
-p, ul {{ margin: .5rem 0; max-width: 85ch; }}
-ul {{ padding-left: 1.3rem; }}
-.small {{ font-size: .85rem; color: #57606a; }}
-.outcome {{ font-weight: 600; }}
-.note {{ background: #fff6dd; border-left: 4px solid #d9a400; padding: .6rem .8rem .6rem 2rem; }}
-.scroll {{ overflow-x: auto; margin: .5rem 0; }}
-table {{ border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e8ec; }}
-th:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
-thead th {{ border-bottom: 2px solid #8c959f; vertical-align: bottom; white-space: normal; }}
-tbody th {{ font-weight: 500; }}
-th.group {{ font-weight: 700; padding-top: .8rem; }}
-.floor {{ color: #57606a; }}
-td.better {{ color: #00603d; font-weight: 600; }}
-td.worse {{ color: #a33b00; font-weight: 600; }}
-td.undecided {{ color: #57606a; }}
-.narrow td, .narrow thead th {{ font-size: .78rem; padding: .3rem; text-align: center; white-space: normal; }}
-.narrow thead th {{ min-width: 4.2rem; }}
-.narrow thead th:first-child {{ text-align: left; }}
-summary {{ cursor: pointer; font-weight: 600; margin: .8rem 0; }}
-svg {{ display: block; fill: #6e7781; stroke: #6e7781; stroke-width: 2; }}
-svg.better {{ fill: #008a58; stroke: #008a58; }}
-svg.worse {{ fill: #d55e00; stroke: #d55e00; }}
-svg .zero {{ stroke: #1b1f24; stroke-width: 1; }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: .5rem; }}
-.panels img {{ width: 100%; max-width: 560px; }}
-.sample {{ margin: 1.2rem 0; break-inside: avoid; }}
-.pair {{ display: grid; grid-template-columns: repeat(var(--models), 1fr); gap: .6rem; max-width: 1100px; }}
-figure {{ margin: 0; }}
-figure div {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 4px; }}
-figure img {{ width: 100%; display: block; }}
-.detail {{ image-rendering: pixelated; }}
-figcaption {{ font-size: .85rem; color: #57606a; }}
-.prose th, .prose td {{ text-align: left; white-space: normal; vertical-align: top; overflow-wrap: anywhere; }}
-.prose th {{ min-width: 7rem; }}
-@media (max-width: 700px) {{
-  th, td {{ padding: .3rem .4rem; }}
-  th:first-child {{ white-space: normal; max-width: 34vw; }}
-}}
-@media print {{
-  body {{ font-size: 10pt; padding: 0; max-width: none; }}
-  .scroll {{ overflow: visible; }}
-  th, td {{ padding: .15rem .35rem; white-space: normal; }}
-  tr, .panels img {{ break-inside: avoid; }}
-  h2, h3 {{ break-after: avoid; }}
-  details::details-content {{ content-visibility: visible; display: block; }}
-}}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 
 # What the paper measured
@@ -1051,7 +745,7 @@ def paper_numbers(settings, models):
 
 def same_conditions(row, settings, models):
     """Whether an evaluation's conditions are those of a row of the paper."""
-    count = settings.get("num_samples", 0)
+    count = settings.get("num_samples") or 0
     return (
         settings.get("reference_is") == row.dataset
         and settings.get("resolution") == row.resolution

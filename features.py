@@ -113,7 +113,7 @@ def _exactly():
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -133,10 +133,10 @@ class Network:
 class TransformersExtractor(Network):
     """A vision model of transformers: uint8 images `[B, 3, H, W]` -> `Features`.
 
-    Images are resized and normalised as the checkpoint says, but whole: where it would cut off a border, they become
-    as large as the cut instead, which for DINOv2 is what Stein et al. (2023) do. Features are, of these the first that
-    the checkpoint has weights for: what the model itself makes of an image (for DINOv2 the normalised class token, for
-    CLIP the embedding), the class token, the mean of the last hidden states.
+    Images are resized and normalised as the checkpoint says, but square ones whole: where it would cut off a border,
+    they become as large as the cut instead, which for DINOv2 is what Stein et al. (2023) do. The features are the
+    first of these that the checkpoint has weights for: what the model itself makes of an image (DINOv2: the normalised
+    class token, CLIP: the embedding), the class token, the mean of the last hidden states.
     """
 
     has_logits = False

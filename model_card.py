@@ -370,9 +370,10 @@ def findable(name):
 
 
 def read_log(output):
-    """The lines of `train_log.jsonl`, a list of dicts."""
+    """The lines of `train_log.jsonl` about training, a list of dicts."""
     path = Path(output, LOG_FILE)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [line for line in lines if "loss" in line]
 
 
 def last_tenth(log):

@@ -69,6 +69,7 @@ from checkpoints import Checkpoints, last_step
 from data_utils import build_dataloader, make_stream
 from dry_run import dry_run
 from engines import prepare
+from held_out import HeldOut
 from hub import Hub
 from loading import DTYPES
 from lpl_utils import compare_gradients, lpl_term, summarize
@@ -191,6 +192,7 @@ def main(args):
     if use_lpl:
         lpl = make_lpl(args, family.vae, family.unscale)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
+    held_out = HeldOut(accelerator, args, family, stream.held_out) if args.eval_steps and not args.dry_run else None
     if args.with_prior_preservation:
         add_class_images(accelerator, args, family, stream)
     if not args.dry_run:
@@ -267,6 +269,9 @@ def main(args):
             return
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, weights, ema, global_step)
+        if held_out is not None and held_out.is_due(global_step):
+            step = partial(training_step, args, family, model, step_lpl)
+            log.write(global_step, held_out(step, weights, ema))
 
     finish(accelerator, args, family, checkpoints, {"Latent Perceptual Loss": describe_lpl(args, family, lpl)})
 

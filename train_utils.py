@@ -300,21 +300,29 @@ def draw(accelerator, args, family, weights, ema, step):
     A signal ends it after an image, since the checkpoint that follows is worth more.
     """
     family.model.eval()
-    tasks, images = drawing_tasks(args, family), []
     with ema_weights(ema, weights), family.on_device("decoder"):
-        for start in range(0, len(tasks), accelerator.num_processes):
-            stop = torch.tensor(float(interruption.received() is not None), device=accelerator.device)
-            if accelerator.reduce(stop):
-                break
-            mine = start + accelerator.process_index
-            if mine < len(tasks):
-                images.append((mine, tasks[mine](family.draw)))
-            elif weights.sharded:  # the others need this process's part of the weights
-                tasks[-1](family.draw)
+        share = draw_share(accelerator, family, weights, drawing_tasks(args, family))
     family.model.train()
-    images = sorted(gather_object(images), key=lambda numbered: numbered[0])
-    if accelerator.is_main_process and len(images) == len(tasks):
+    if share is None:
+        return
+    images = sorted(gather_object(share), key=lambda numbered: numbered[0])
+    if accelerator.is_main_process:
         show_samples(accelerator, args, [image for _, image in images], step)
+
+
+def draw_share(accelerator, family, weights, tasks):
+    """This process's part of the images, (number, image) each; None after a signal. All processes call this."""
+    images = []
+    for start in range(0, len(tasks), accelerator.num_processes):
+        stop = torch.tensor(float(interruption.received() is not None), device=accelerator.device)
+        if accelerator.reduce(stop):
+            return None
+        mine = start + accelerator.process_index
+        if mine < len(tasks):
+            images.append((mine, tasks[mine](family.draw)))
+        elif weights.sharded:  # the others need this process's part of the weights
+            tasks[-1](family.draw)
+    return images
 
 
 def finish(accelerator, args, family, checkpoints, facts):
@@ -425,15 +433,21 @@ def drawing_tasks(args, family):
 
     The seeds are the same at every step, so that drawings can be compared; no other random state is touched.
     """
-    settings = {**family.size_settings(args.resolution), "num_inference_steps": args.validation_inference_steps}
-    if args.validation_guidance_scale is not None:
-        settings[family.guidance_name] = args.validation_guidance_scale
+    settings = drawing_settings(args, family)
 
     def task(prompt, seed):
         return lambda draw: draw(prompt, generator=torch.Generator().manual_seed(seed), **settings)
 
     seeds = range(args.seed, args.seed + args.num_validation_images)
     return [task(prompt, seed) for prompt in args.validation_prompts for seed in seeds]
+
+
+def drawing_settings(args, family):
+    """What the flags tell the pipeline."""
+    settings = {**family.size_settings(args.resolution), "num_inference_steps": args.validation_inference_steps}
+    if args.validation_guidance_scale is not None:
+        settings[family.guidance_name] = args.validation_guidance_scale
+    return settings
 
 
 def show_samples(accelerator, args, images, step, title="validation"):
@@ -514,8 +528,11 @@ class Log:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         values = {**with_shares(means), **more, "images_per_second": len(self.steps) * per_step / seconds}
-        values = {name: float(value) for name, value in values.items()}
         self.steps = []
+        self.write(step, {name: float(value) for name, value in values.items()})
+
+    def write(self, step, values):
+        """A line of the log, name -> number, to the trackers as well."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with open(Path(self.args.output_dir, LOG_FILE), "a") as file:

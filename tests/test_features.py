@@ -35,6 +35,7 @@ def tiny(kind, **more):
         "ViT": VIT,
         "ViTMAE": VIT,
         "VideoMAE": VIT,
+        "IJepa": VIT,
         "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
         "Segformer": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "decoder_hidden_size": 8},
         "CLIP": {"text_config": {**TEXT, **EOS}, "vision_config": VIT, "projection_dim": 12},
@@ -111,12 +112,13 @@ def test_features_are_what_the_model_makes_of_the_image_as_pillow_resizes_it(tmp
     assert (extractor.settings["dim"], extractor.settings["features"]) == (dim, taken)
 
 
-def test_without_a_pooled_output_the_mean_over_positions_is_taken(tmp_path, images):
-    model = tiny("SegformerModel")
+@pytest.mark.parametrize(("kind", "positions"), [("SegformerModel", (2, 3)), ("IJepaModel", 1)])
+def test_without_a_pooled_output_the_mean_over_positions_is_taken(tmp_path, images, kind, positions):
+    model = tiny(kind)
     with torch.no_grad():
         states = model(pixels(images)).last_hidden_state
     found = load_extractor(save(tmp_path, model), "cpu")(images).features
-    torch.testing.assert_close(found, states.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, states.mean(dim=positions), rtol=1e-4, atol=1e-5)
 
 
 def test_a_vit_without_pooler_gives_its_class_token(tmp_path, images):

@@ -1,4 +1,4 @@
-"""Spectra of signals known on paper, distances of features as others compute them, intervals that hold what they say."""
+"""Spectra of signals known on paper, distances of features by other means, intervals that hold what they say."""
 
 import itertools
 import math
@@ -369,15 +369,16 @@ def test_memory_grows_with_the_samples_and_not_with_their_pairs(metric):
     def peak(count):
         x, y, subsets = features(count, 16, 19), features(count, 16, 20), half_samples(count, 2, seed=7)
         with LiveBytes() as memory:
-            metric(x, y, subsets, chunk=2**14)
+            metric(x, y, subsets, chunk=2**13)
         return memory.peak
 
-    small, large = peak(700), peak(2100)
-    assert large < 3 * small
-    assert large < 2100 * 2100  # a byte for each pair
+    small, large = peak(400), peak(1200)
+    assert large < 3.3 * small
+    assert large < 1200 * 1200  # a byte for each pair
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_finds_the_same():
     x, y, subsets = features(700, 64, 21, shift=0.2), features(600, 64, 22), half_samples(700, 20, seed=8)
     torch.testing.assert_close(all_distances(x, y, subsets, device="cuda"), all_distances(x, y, subsets))
@@ -400,6 +401,7 @@ def test_inception_scores_of_known_probabilities():
     assert inception_scores(logits, subsets[:1, :2]).item() == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that it keeps all features, that one split has no spread
 def test_torchmetrics_finds_the_same():
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore
