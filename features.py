@@ -13,12 +13,11 @@ import importlib.util
 import pickle
 import re
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from arguments import UserError, first_line
-from model_checks import is_folder_name, read_json
+from model_checks import is_folder_name, public_name, read_json
 
 
 FLAG, CLIP_FLAG = "--feature_extractor", "--clip_model"
@@ -41,7 +40,8 @@ class Features(NamedTuple):
 
 
 def inception_available():
-    return importlib.util.find_spec("torch_fidelity") is not None
+    """Whether torch-fidelity, and the torchvision that it imports, are installed."""
+    return all(importlib.util.find_spec(package) for package in ("torch_fidelity", "torchvision"))
 
 
 def check_extractor(name):
@@ -69,12 +69,7 @@ def _check_name(name, flag, example):
 
 def short_name(name):
     """What the names of its metrics end with: letters, digits and underscores."""
-    return re.sub(r"\W+", "_", _shown(name).rpartition("/")[2]).strip("_") or "model"
-
-
-def _shown(name):
-    """A Hub id, or a folder's own name without the path to it."""
-    return Path(name).resolve().name if is_folder_name(name) else name
+    return re.sub(r"\W+", "_", public_name(name).rpartition("/")[2]).strip("_") or "model"
 
 
 def load_extractor(name, device, cache_dir=None):
@@ -83,26 +78,6 @@ def load_extractor(name, device, cache_dir=None):
     if name == "inception":
         return InceptionExtractor(device)
     return TransformersExtractor(name, device, cache_dir)
-
-
-def extract(extractor, images, names, batch_size):
-    """`Features` of all images: `[N, D]` and `[N, C]` or None.
-
-    images: uint8 tensors or arrays `[3, H, W]` of one size, N of them, one after the other.
-    names: their N files. Raises UserError with that of the first image whose features are not finite.
-    """
-    import torch
-
-    images, parts, done = iter(images), [], 0
-    while batch := [torch.as_tensor(image) for image in islice(images, batch_size)]:
-        part = extractor(torch.stack(batch))
-        for name, good in zip(names[done:], part.features.isfinite().all(dim=1).tolist()):
-            if not good:
-                raise UserError(f"{FLAG} {extractor.name}: the features of {name} are not finite; take another one.")
-        parts.append(part)
-        done += len(batch)
-    features, logits = zip(*parts)
-    return Features(torch.cat(features), torch.cat(logits) if extractor.has_logits else None)
 
 
 @contextmanager
@@ -139,8 +114,6 @@ class TransformersExtractor(Network):
     class token, CLIP: the embedding), the class token, the mean of the last hidden states.
     """
 
-    has_logits = False
-
     def __init__(self, name, device, cache_dir=None):
         source = DINOV2 if name == "dinov2" else name
         self.name, self.device = short_name(name), device
@@ -152,7 +125,7 @@ class TransformersExtractor(Network):
         self.kind, dim, size = self._probe(source, missing)
         self.settings = {
             "name": self.name,
-            "model": _shown(source),
+            "model": public_name(source),
             "dim": dim,
             "features": self.kind,
             **_describe(self.processor, size),
@@ -305,7 +278,7 @@ class InceptionExtractor(Network):
     both as in the TensorFlow code of FID and of the Inception Score (Salimans et al., 2016).
     """
 
-    name, has_logits = "inception", True
+    name = "inception"
 
     def __init__(self, device):
         try:
@@ -366,7 +339,7 @@ class ClipScorer(Network):
             lacks = PREPROCESSING if not self.processor else ", ".join(missing[:3]) or "an encoder of texts"
             raise UserError(f"{CLIP_FLAG} {model} lacks {lacks}: {REMEDY[CLIP_FLAG]}.")
         self.tokenizer = load(AutoTokenizer, model, CLIP_FLAG, cache_dir=cache_dir)
-        self.settings = {"model": _shown(model), "weights_hash": _weights_hash(self.model)}
+        self.settings = {"model": public_name(model), "weights_hash": _weights_hash(self.model)}
 
     def __call__(self, images, captions):
         """uint8 `[B, 3, H, W]` and B texts -> float64 `[B]` on the CPU."""

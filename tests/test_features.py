@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ from tiny_models import build_tiny_tokenizer
 
 import features
 from arguments import UserError
-from features import ClipScorer, check_clip, check_extractor, extract, load_extractor, short_name
+from features import ClipScorer, check_clip, check_extractor, load_extractor, short_name
 
 
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -108,7 +109,7 @@ def test_features_are_what_the_model_makes_of_the_image_as_pillow_resizes_it(tmp
     expected = by_hand(model, pixels(images, size))
     assert expected.std(dim=0).max() > 0.01  # images differ
     torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
-    assert found.logits is None and not extractor.has_logits
+    assert found.logits is None
     assert (extractor.settings["dim"], extractor.settings["features"]) == (dim, taken)
 
 
@@ -254,7 +255,7 @@ def test_short_names_can_be_part_of_a_metrics_name(tmp_path):
     assert short_name("../--") == "model"
 
 
-# Many images
+# The computation
 
 
 @pytest.fixture
@@ -262,27 +263,11 @@ def extractor(tmp_path):
     return load_extractor(save(tmp_path, tiny("ViTModel")), "cpu")
 
 
-def test_extract_keeps_the_order_whatever_the_batch_size(extractor, images):
+def test_a_batch_gives_what_its_images_give_alone(extractor, images):
     alone = torch.cat([extractor(image[None]).features for image in images])
-    for batch_size in (1, 2, 5, 8):
-        found = extract(extractor, (image.numpy() for image in images), [f"{i}.png" for i in range(5)], batch_size)
-        torch.testing.assert_close(found.features, alone, rtol=1e-5, atol=1e-6)
-        assert found.features.dtype == torch.float32 and found.logits is None
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_features_that_are_not_finite_name_their_file(images, value):
-    class Broken:
-        name, has_logits = "broken", False
-
-        def __call__(self, images):
-            return features.Features(torch.where(images[:, :, 0, 0] == 7, value, 1.0))
-
-    images[:, :, 0, 0] = 1
-    images[3, 1, 0, 0] = 7
-    names = [f"photos/{i}.png" for i in range(5)]
-    with pytest.raises(UserError, match=r"--feature_extractor broken: .* photos/3\.png are not finite"):
-        extract(Broken(), images, names, batch_size=2)
+    found = extractor(images)
+    torch.testing.assert_close(found.features, alone, rtol=1e-5, atol=1e-6)
+    assert found.features.dtype == torch.float32 and found.logits is None
 
 
 def test_gradients_and_tf32_are_off_only_while_features_are_computed(extractor, images):
@@ -362,7 +347,7 @@ def test_a_clip_model_must_be_whole(clip, tmp_path):
 @pytest.fixture
 def inception(monkeypatch, tmp_path):
     """Its module. Where torchvision is not installed, empty modules stand for what torch-fidelity imports of it."""
-    if not features.inception_available():
+    if importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed: `make .venv/inception`")
     if importlib.util.find_spec("torchvision") is None:
         names = ("", ".datasets", ".transforms", ".transforms.functional")
@@ -371,6 +356,7 @@ def inception(monkeypatch, tmp_path):
         datasets.CIFAR10 = datasets.CIFAR100 = datasets.STL10 = object
         modules["torchvision.transforms"].functional = modules["torchvision.transforms.functional"]
         for name, module in modules.items():
+            module.__spec__ = ModuleSpec(name, None)
             monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
@@ -395,8 +381,8 @@ def inception_weights(inception, monkeypatch, tmp_path):
 
 def test_inception_gives_features_and_logits_without_biases(inception_weights, images):
     extractor = load_extractor("inception", "cpu")
-    found = extract(extractor, images[:3], ["a", "b", "c"], batch_size=2)
-    assert found.features.shape == (3, 2048) and extractor.has_logits
+    found = extractor(images[:3])
+    assert found.features.shape == (3, 2048)
     assert found.features.std(dim=0).max() > 1e-3
     expected = found.features @ inception_weights["fc.weight"].T
     torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
