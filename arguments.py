@@ -664,9 +664,9 @@ def check_data(args):
 
 def check_evaluation(args):
     """The --eval_ flags."""
-    if args.eval_data_dir:
+    if args.eval_data_dir is not None:
         check_unused(args, ["--eval_share"], "--eval_data_dir")
-        if not Path(args.eval_data_dir).is_dir():
+        if not (args.eval_data_dir.strip() and Path(args.eval_data_dir).is_dir()):
             raise UserError(f"--eval_data_dir {args.eval_data_dir} is no folder: give one with images.")
     elif args.eval_steps and args.streaming:
         raise UserError("--eval_steps: of a stream no images can be held out: give some in --eval_data_dir.")
@@ -679,7 +679,7 @@ def check_evaluation(args):
 
         with as_flags(feature_extractor="eval_feature_extractor"):
             check_extractor(args.eval_feature_extractor)
-    if not args.eval_steps or args.eval_data_dir:
+    if not args.eval_steps or args.eval_data_dir is not None:
         args.eval_share = 0.0  # all are trained on
 
 

@@ -1,5 +1,6 @@
 """What `evaluate_lpl.py` compares: the real images, the samples of each model and setting, and the report on them."""
 
+import hashlib
 from argparse import Namespace
 from functools import partial
 from importlib.metadata import version
@@ -55,10 +56,18 @@ class Reference:
         if self.stream is None:
             if num_classes is None:
                 raise UserError(f"--reference {args.reference} has no captions to draw: give images with captions.")
-            return rng.permutation(np.arange(count) % num_classes).tolist()
+            rounds = range(-(-count // num_classes))  # more samples leave the first ones as they are
+            return np.concatenate([rng.permutation(num_classes) for _ in rounds])[:count].tolist()
         order = rng.permutation(len(self.images))
         captions = (caption_of(self.stream.samples, int(order[i % len(order)])) for i in range(count))
         return [int(c) if num_classes is not None else draw_text(c, rng) for c in captions]
+
+    def prompts_hash(self):
+        """What decides on the prompts besides the seed; not how many of them are drawn."""
+        captions = (
+            None if self.stream is None else [caption_of(self.stream.samples, i) for i in range(len(self.images))]
+        )
+        return hashlib.sha256(repr(captions).encode()).hexdigest()[:32]
 
     def identity(self):
         """What reconstructions of the images depend on."""
@@ -169,8 +178,11 @@ def wants_clip(args, models):
     return args.clip_model is not None
 
 
-def draw_set(accelerator, args, model, pipe, sampler, weights, setting, prompts):
-    """The samples of a model in a setting, (steps, guidance scale), drawn by all processes."""
+def draw_set(accelerator, args, model, pipe, facts, setting, prompts):
+    """The samples of a model in a setting, (steps, guidance scale), drawn by all processes.
+
+    facts: `sampler`, and the hashes `weights` and `prompts`.
+    """
     steps, scale = setting
     words = [model.name]
     words += [f"{steps} steps"] if len(args.num_inference_steps) > 1 else []
@@ -178,8 +190,7 @@ def draw_set(accelerator, args, model, pipe, sampler, weights, setting, prompts)
     name = ", ".join(words)
     folder = Path(args.output_dir, "samples", name.replace(", ", "_").replace(" ", "-"))
     settings = {
-        "model": weights,
-        "sampler": sampler,
+        **facts,
         "num_inference_steps": steps,
         "guidance_scale": scale,
         "guidance_rescale": args.guidance_rescale,
@@ -190,9 +201,9 @@ def draw_set(accelerator, args, model, pipe, sampler, weights, setting, prompts)
     draw_samples(accelerator, pipe, model.family, prompts, folder, settings, args)
     paths = [folder / sample_name(i, args.seed) for i in range(len(prompts))]
     facts = {
-        **describe(pipe, model.family, sampler, scale),
+        **describe(pipe, model.family, facts["sampler"], scale),
         "source": public_name(model.lora or model.source),
-        "weights_hash": weights,
+        "weights_hash": facts["weights"],
         "num_inference_steps": steps,
         "samples": folder.relative_to(args.output_dir).as_posix(),
     }

@@ -385,7 +385,7 @@ def make_stream(args):
         stream = open_stream(args)
     else:
         stream = open_samples(args)
-    if args.eval_data_dir:
+    if args.eval_data_dir is not None:
         with as_flags(train_data_dir="eval_data_dir"):
             other = {"train_data_dir": args.eval_data_dir, "dataset_name": None, "train_shards": None}
             other |= {"samples": None, "max_train_samples": None, "max_bad_images": None}
@@ -401,7 +401,7 @@ def hold_out(stream, share):
     if count >= stream.num_samples:
         raise UserError(f"--eval_share {share} of {stream.num_samples} images leaves none to train on: add images.")
     order = np.random.default_rng([stream.seed, HELD_OUT]).permutation(stream.num_samples)
-    stream.held_out = unchanging(replace(stream, samples=select(stream.samples, np.sort(order[:count]))))
+    stream.held_out = unchanging(replace(stream, samples=select(stream.samples, np.sort(order[:count])), bad={}))
     stream.samples = select(stream.samples, np.sort(order[count:]))
     stream.__post_init__()
 
@@ -422,6 +422,7 @@ def held_out_batch(stream, indices):
 def held_out_caption(stream, index):
     """A text, or the label, of an image's caption."""
     rng = np.random.default_rng([stream.seed, CAPTION, HELD_OUT_POSITION + index])
+    rng.random()  # as `TrainingStream.sample` does
     return with_trigger_word(draw_text(caption_of(stream.samples, index), rng), stream.trigger_word)
 
 

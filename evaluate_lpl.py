@@ -256,9 +256,10 @@ def main(args):
     for model in models:
         pipe, sampler = model.load(args, accelerator.device, dtype)
         weights = all_agree(identity(pipe) if accelerator.is_main_process else None)
+        facts = {"sampler": sampler, "weights": weights, "prompts": reference.prompts_hash()}
         vae = reconstruct_reference(accelerator, args, pipe.vae, reference, rebuilt)
         for setting in itertools.product(args.num_inference_steps, args.guidance_scale or [None]):
-            drawn = draw_set(accelerator, args, model, pipe, sampler, weights, setting, prompts)
+            drawn = draw_set(accelerator, args, model, pipe, facts, setting, prompts)
             sets.append(drawn._replace(vae=vae))
         del pipe
     if args.samples and args.pretrained_vae_model_name_or_path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 import metrics
@@ -146,9 +146,13 @@ def measure(accelerator, images, extractors, batch_size, workers=0, clip=None, c
     Raises UserError: a file can't be read, or its features are not finite.
     """
     mine = range(len(images))[accelerator.process_index :: accelerator.num_processes]
-    loader = DataLoader(Subset(images, mine), batch_size, num_workers=workers)
+    generator = torch.Generator()  # else the loader would draw from, and so move, the global one
+    loader = DataLoader(Readable(images, mine), batch_size, num_workers=workers, collate_fn=list, generator=generator)
     found, done = [], 0
-    for pixels in tqdm(loader, title, unit="batch", disable=not accelerator.is_local_main_process):
+    for batch in tqdm(loader, title, unit="batch", disable=not accelerator.is_local_main_process):
+        for error in (image for image in batch if isinstance(image, UserError)):
+            raise error
+        pixels = torch.stack(batch)
         indices = mine[done : done + len(pixels)]
         done += len(pixels)
         row = {("power",): metrics.radial_power(pixels.float() / 127.5 - 1)}
@@ -165,6 +169,22 @@ def measure(accelerator, images, extractors, batch_size, workers=0, clip=None, c
     keys = found[0] if found else ()
     gathered = gather_object([(list(mine), {key: torch.cat([row[key] for row in found]) for key in keys})])
     return in_order(gathered) if accelerator.is_main_process else None
+
+
+class Readable(Dataset):
+    """What a worker reads: an image or, as torch would raise a traceback again, the UserError."""
+
+    def __init__(self, images, indices):
+        self.images, self.indices = images, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, number):
+        try:
+            return self.images[self.indices[number]]
+        except UserError as error:
+            return error
 
 
 def check_finite(features, indices, images, extractor):

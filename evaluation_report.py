@@ -457,8 +457,10 @@ def values(view):
             at = view.at(setting)
             cells = [Cell(view.value(at[label], name) if label in at else "-") for label in view.labels]
             rows += [[Cell(str(setting) if view.swept else title), *cells, *limit]]
-    legend = f"In brackets the {view.level} intervals of each model by itself. {LOWER} lower is better, {HIGHER} higher is better, "
-    legend += f"{NEARER} nearer to the number after it is better."
+    legend = (
+        f"In brackets the {view.level} intervals of each model by itself. {LOWER} lower is better, {HIGHER} higher "
+    )
+    legend += f"is better, {NEARER} nearer to the number after it is better."
     if view.floor:
         legend += " The floor: the reference images themselves, encoded and decoded by the VAE."
     first = "Setting" if view.swept else "Metric"
@@ -541,8 +543,10 @@ def curves(view, folder):
     if not panels:
         return []
     picture = Picture(CURVES, "Metrics against what was swept", draw_panels(panels, folder / CURVES))
-    text = f"Bands: {view.level} intervals of each model by itself; those of paired differences are narrower."
-    text += " Dashed, where in range: the VAE's reconstructions." * bool(view.floor)
+    text = (
+        f"Bands: {view.level} intervals of each model by itself; where they overlap, the paired difference may still "
+    )
+    text += "be clear." + " Dashed, where in range: the VAE's reconstructions." * bool(view.floor)
     return [Heading(2, "Curves"), picture, Text(text, "small")]
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from accelerate.utils import gather_object
 
+from arguments import UserError, as_flags
 from data_utils import held_out_batch, held_out_caption
 from evaluation import ListedImages, StreamImages, measure
 from features import load_extractor
@@ -29,9 +30,12 @@ class HeldOut:
 
     def __init__(self, accelerator, args, family, stream):
         self.accelerator, self.args, self.family, self.stream = accelerator, args, family, stream
-        self.extractor = self.reference = None
         if args.eval_samples:
-            self.extractor = load_extractor(args.eval_feature_extractor, "cpu", args.cache_dir)
+            if len(stream.samples) < 2:
+                raise UserError("--eval_samples needs at least 2 images held out: raise --eval_share, or add images.")
+            with as_flags(feature_extractor="eval_feature_extractor"):
+                self.extractor = load_extractor(args.eval_feature_extractor, "cpu", args.cache_dir)
+            self.seen, self.reference = False, None  # the held-out images as the main process has measured them
 
     def is_due(self, step):
         return step % self.args.eval_steps == 0
@@ -83,10 +87,11 @@ class HeldOut:
             return {}
         see = partial(measure, extractors=[self.extractor], batch_size=args.train_batch_size)
         self.extractor.to(accelerator.device)
-        if self.reference is None:
-            indices = range(min(len(self.stream.samples), REFERENCE_IMAGES))
-            self.reference = see(accelerator, StreamImages(self.stream, indices), title="Measuring held-out images")
-        samples = see(accelerator, ListedImages(dict(drawn), args.eval_samples), title="Measuring samples")
+        with as_flags(feature_extractor="eval_feature_extractor"):
+            if not self.seen:
+                images = StreamImages(self.stream, range(min(len(self.stream.samples), REFERENCE_IMAGES)))
+                self.seen, self.reference = True, see(accelerator, images, title="Measuring held-out images")
+            samples = see(accelerator, ListedImages(dict(drawn), args.eval_samples), title="Measuring samples")
         self.extractor.to("cpu")
         if not accelerator.is_main_process:
             return {}

@@ -11,9 +11,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DDPMScheduler, DiffusionPipeline
+from peft import PeftModel
 from PIL import Image, PngImagePlugin
 from tqdm.auto import tqdm
 
@@ -49,6 +51,9 @@ class Model:
         if name not in FAMILIES:
             raise UserError(f"--model {self.base} is a {name}; what can be evaluated is a {', '.join(FAMILIES)}.")
         self.family = FAMILIES[name]
+        for flag, parameter in (("guidance_scale", self.family.guidance_name), ("guidance_rescale",) * 2):
+            if getattr(args, flag) is not None and parameter not in call_parameters(self.family):
+                raise UserError(f"--{flag} has no effect on {self.name}: {name} does not take it; leave it out.")
         config = load(self.family.denoiser_class, self.source, "--model", "load_config", subfolder=self.part, **hub)
         if args.pretrained_vae_model_name_or_path:
             vae = given_vae_config(args)
@@ -79,9 +84,8 @@ class Model:
         if self.lora is not None:
             self._add_lora(pipe, raw)
         trained = self.lora or self.source
-        if is_folder_name(trained) and trained != self.base and Path(trained, "scheduler").is_dir():
-            pipe.scheduler = load(type(pipe.scheduler), trained, "--model", subfolder="scheduler")
-        pipe.scheduler, sampler = make_sampler(pipe.scheduler, args.sampler)
+        own = own_scheduler(trained, args.cache_dir) if trained != self.base else None
+        pipe.scheduler, sampler = make_sampler(own or pipe.scheduler, args.sampler)
         pipe.set_progress_bar_config(disable=True)
         if args.offload and device.type == "cuda":
             pipe.enable_model_cpu_offload(device=device)
@@ -105,8 +109,6 @@ class Model:
     def _add_lora(self, pipe, raw):
         try:
             if not self.family.stock_lora:
-                from peft import PeftModel
-
                 folder = Path(self.lora, NON_EMA) if raw else self.lora
                 setattr(pipe, self.part, PeftModel.from_pretrained(getattr(pipe, self.part), folder).eval())
                 return
@@ -177,15 +179,20 @@ def check_size(name, pipeline, resolution, config, vae_config):
 def identity(pipe):
     """A hash of all weights that draw an image."""
     modules = [module for _, module in sorted(pipe.components.items()) if isinstance(module, torch.nn.Module)]
-    return weights_hash(*(getattr(module, "base_model", module) for module in modules))
+    return weights_hash(*(module.base_model if isinstance(module, PeftModel) else module for module in modules))
 
 
-def guidance_name(family, pipe):
-    return family.guidance_name if family.guidance_name in call_parameters(pipe) else None
+def own_scheduler(name, cache_dir):
+    """The scheduler that was saved with a LoRA or a denoiser because training changed it, or None."""
+    try:
+        config = DDPMScheduler.load_config(name, subfolder="scheduler", cache_dir=cache_dir)
+    except OSError:
+        return None
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def call_parameters(pipe):
-    return inspect.signature(type(pipe).__call__).parameters
+def call_parameters(family):
+    return inspect.signature(family.pipeline_class.__call__).parameters
 
 
 def draw_samples(accelerator, pipe, family, prompts, folder, settings, args):
@@ -204,7 +211,7 @@ def draw_samples(accelerator, pipe, family, prompts, folder, settings, args):
     missing = [i for i in range(len(prompts)) if sample_name(i, args.seed) not in there]
     accelerator.wait_for_everyone()  # all have seen the same before the first one is added
     call = {"num_inference_steps": settings["num_inference_steps"]}
-    for name, parameter in (("guidance_scale", guidance_name(family, pipe)), ("guidance_rescale", "guidance_rescale")):
+    for name, parameter in (("guidance_scale", family.guidance_name), ("guidance_rescale", "guidance_rescale")):
         if settings[name] is not None:
             call[parameter] = settings[name]
     call |= family.size_settings(args.resolution)
@@ -307,7 +314,7 @@ def all_agree(value):
 
 def describe(pipe, family, sampler, scale):
     """What a report says of how a model draws; scale: of the flags, or None."""
-    default = call_parameters(pipe).get(family.guidance_name)
+    default = call_parameters(family).get(family.guidance_name)
     return {
         "sampler": sampler,
         "prediction_type": prediction_type(pipe.scheduler),

@@ -144,7 +144,7 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
         chosen = lpl_stats["chosen"].to(losses.device, non_blocking=True)
         sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
     diffusion_loss = losses[own].mean()
-    if args.with_prior_preservation:
+    if "num_instances" in batch:
         diffusion_loss = diffusion_loss + args.prior_loss_weight * losses[own.stop :].mean()
     return Forward(diffusion_loss, lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
 

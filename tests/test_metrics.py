@@ -324,6 +324,13 @@ def test_ties_and_duplicates():
     assert_naive_measures(samples, reference, half_samples(60, 4, seed=4), k=3)
 
 
+def test_balls_of_samples_with_many_duplicates_are_empty():
+    # 8 of each: the 5th neighbour is 0 away, and nothing is less than that. Rounding must not decide.
+    x = features(30, 100, 31).repeat(8, 1)
+    values = assert_naive_measures(x, x.flip(0), half_samples(240, 0, seed=0), k=5)
+    assert values == [0, 0, 0, 0]
+
+
 def test_subsets_whose_neighbours_are_far_down_the_list():
     # Of each sample's 64 nearest neighbours, which are looked at first, none is in the second subset.
     near, far = features(150, 2, 10, 0.1), features(10, 2, 11, 0.1, 5.0)
