@@ -15,7 +15,7 @@ import metrics
 from arguments import UserError, as_flags
 from captions import draw_text
 from data_sources import caption_of, files_identity
-from data_utils import make_stream
+from data_utils import open_samples
 from disk_cache import weights_hash
 from evaluation import ImageFiles, StreamImages, log_power, moments_of, read_statistics, score
 from evaluation_report import paper_numbers
@@ -88,7 +88,7 @@ def open_stream(args, models):
     kept = "image_column caption_column label_column dataset_config_name cache_dir max_bad_images seed resolution"
     source |= {flag: getattr(args, flag) for flag in kept.split()}
     absent = "samples validation_prompts caption_weights trigger_word buckets".split()
-    return make_stream(
+    return open_samples(
         Namespace(
             **source,
             **dict.fromkeys(absent),
@@ -97,7 +97,6 @@ def open_stream(args, models):
             id2label=dict(models[0].id2label) if models else {},
             instance_prompt="" if args.samples and args.instance_prompt is None else args.instance_prompt,
             max_train_samples=args.max_reference_samples,
-            streaming=False,
             center_crop=True,
             random_flip=False,
             image_interpolation_mode="lanczos",
@@ -301,19 +300,17 @@ def differences(sets, values, count):
 
 def settings_of(args, sets, real, extractors, clip):
     """All that the numbers depend on."""
-    samplers = {s.facts["sampler"] for s in sets if "sampler" in s.facts}
-    types = {s.facts["prediction_type"] for s in sets if "prediction_type" in s.facts}
-    flags = "reference_is resolution seed num_inference_steps guidance_scale guidance_rescale weights k half_samples"
-    drawn = (
-        {} if args.samples else {"sampler": ", ".join(sorted(samplers)), "prediction_type": ", ".join(sorted(types))}
-    )
+    how = ("sampler", "timestep_spacing", "prediction_type")
+    drawn = {name: " ".join(sorted({str(s.facts[name]) for s in sets if s.facts.get(name)})) for name in how}
+    flags = "reference_is resolution k half_samples seed".split()
+    flags += [] if args.samples else "num_inference_steps guidance_scale guidance_rescale weights".split()
     return {
         "reference": public_name(args.reference),
         "reference_images": "shorter side resized to the resolution by Lanczos, centre crop",
         "num_samples": len(sets[0].images),
         "num_reference_samples": None if real.sharpness is None else len(real),
-        **drawn,
-        **{name: getattr(args, name) for name in flags.split()},
+        **{name: value for name, value in drawn.items() if value},
+        **{name: getattr(args, name) for name in flags},
         "level": LEVEL,
         "feature_extractors": [extractor.settings for extractor in extractors],
         "clip_model": clip and clip.settings,

@@ -160,6 +160,12 @@ class Metric(NamedTuple):
     target: float | None
     rank: tuple
 
+    @property
+    def heading(self):
+        """The title with an arrow that says how to read it, and the target where there is one."""
+        target = [f"{self.target:.4g}"] if self.better == NEARER else []
+        return "\u00a0".join([self.title, *filter(None, [self.better]), *target])
+
 
 def describe(name, extractors, sharpness):
     """Metric of a name such as frechet_distance_reconstructed_inception.
@@ -430,7 +436,7 @@ def overview(view, second, settings):
         verdicts = [[line.verdict for line in lines if line.metric is metric] for _, _, lines in settings]
         if any(verdicts):
             cells = [Cell(found[0], found[0]) if found else Cell("-") for found in verdicts]
-            rows += [[Cell(f"{metric.title}\u00a0{direction(metric)}"), *cells]]
+            rows += [[Cell(metric.heading), *cells]]
     return Table([f"{second} is", *(where for where, _, _ in settings)], rows, "narrow")
 
 
@@ -449,7 +455,7 @@ def values(view):
     floor = ["VAE's reconstructions (floor)"] if view.floor else []
     rows = []
     for name, metric in view.metrics.items():
-        title = f"{metric.title}\u00a0{direction(metric)}"
+        title = metric.heading
         limit = [Cell(number(view.floor.get(name), None), "floor")] if view.floor else []
         if view.swept:
             rows += [[Cell(title)]]
@@ -469,17 +475,12 @@ def values(view):
     return [Heading(2, "Metrics"), table, Text(legend, "small")]
 
 
-def direction(metric):
-    """How to read a metric: an arrow, with the target where there is one."""
-    return f"{NEARER}\u00a0{metric.target:.4g}" if metric.better == NEARER else metric.better or ""
-
-
 def difference_table(view, first, second, settings):
     """A pair's differences: a row per metric; of a sweep a group of rows per metric."""
     rows = []
     for metric in view.metrics.values():
         lines = [(where, line) for where, _, lines in settings for line in lines if line.metric is metric]
-        title = f"{metric.title}\u00a0{direction(metric)}"
+        title = metric.heading
         if len(settings) > 1 and lines:
             rows += [[Cell(title)]]
         rows += [comparison_row(where if len(settings) > 1 else title, line) for where, line in lines]
@@ -543,10 +544,8 @@ def curves(view, folder):
     if not panels:
         return []
     picture = Picture(CURVES, "Metrics against what was swept", draw_panels(panels, folder / CURVES))
-    text = (
-        f"Bands: {view.level} intervals of each model by itself; where they overlap, the paired difference may still "
-    )
-    text += "be clear." + " Dashed, where in range: the VAE's reconstructions." * bool(view.floor)
+    text = f"Bands: {view.level} intervals of each model by itself; where they overlap, the paired difference may "
+    text += "still be clear." + " Dashed, where in range: the VAE's reconstructions." * bool(view.floor)
     return [Heading(2, "Curves"), picture, Text(text, "small")]
 
 
@@ -570,7 +569,7 @@ def draw_curve(view, name, settings, place, title, axis):
         axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     metric = view.metrics[name]
-    axis.set_title(f"{metric.title}\u00a0{direction(metric)}", fontsize=10)
+    axis.set_title(metric.heading, fontsize=10)
     axis.set_xlabel(title)
     axis.legend(axis.get_lines()[: len(view.labels)], view.labels, fontsize=8, frameon=False)
 

@@ -282,14 +282,14 @@ def _kernel_sums(x, y, weights, device, chunk, others_only=False):
     others_only: x and y are the same set, and a sample's pair with itself counts 0.
     """
     y, weights = y.to(device).double(), weights.to(device)
-    sums = []
+    sums = torch.zeros(len(x), len(weights), dtype=torch.float64)
     for start in range(0, len(x), rows := max(1, chunk // len(y))):
         kernel = x[start : start + rows].to(device).double() @ y.T
         kernel.div_(y.shape[1]).add_(1).pow_(3)
         if others_only:
             kernel.diagonal(start).zero_()
-        sums.append((kernel @ weights.T).cpu())
-    return torch.cat(sums)
+        sums[start : start + len(kernel)] = kernel @ weights.T
+    return sums
 
 
 def precision_recall_density_coverage(
@@ -358,13 +358,14 @@ def _squared_distances(x, y, device, chunk):
 
 def _radii(features, subsets, k, device, chunk):
     """Squared distance of each sample to its k-th nearest other one in each subset: [N, S], 0 if not in it itself."""
-    radii = []
+    # Made at once: small results kept between the large blocks would leave holes in the heap, of GiB in all.
+    radii = torch.zeros(len(features), len(subsets), device=device)
     for rows, distances in _squared_distances(features, features, device, chunk):
         distances.diagonal(rows.start).fill_(math.inf)
         # At k = 5, all but one in 10^13 halves hold k of so many neighbours. Elsewhere more are looked at.
         width = min(8 * k + 24, len(features))
-        radii.append(_kth_members(distances, subsets, subsets[:, rows], k, width))
-    return torch.where(subsets.T, torch.cat(radii), 0)
+        radii[rows] = _kth_members(distances, subsets, subsets[:, rows], k, width)
+    return torch.where(subsets.T, radii, 0)
 
 
 def _kth_members(distances, subsets, wanted, k, width):

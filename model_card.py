@@ -522,7 +522,7 @@ def add_results(folder, report, model=None):
         raise UserError(f"there is no model card {path}: train with --push_to_hub, which writes one.")
     try:
         named = {entry["name"]: dict(entry["metrics"]) for entry in report["models"]}
-        settings = {name: public_name(str(value)) for name, value in report.get("settings", {}).items()}
+        settings = settings_of_report(report.get("settings", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             "--report: this is no report of an evaluation, which has a list `models` of names and metrics."
@@ -551,6 +551,16 @@ def add_results(folder, report, model=None):
     before, after = (card.text[: old.start()], card.text[old.end() :]) if old else (card.text, "")
     card.text = "\n\n".join(filter(None, [before.rstrip(), section, after.strip()])) + "\n"
     card.save(path)
+
+
+def settings_of_report(settings):
+    """Those that a line has room for, name -> text; the command has paths of this machine."""
+    plain = {name: value for name, value in settings.items() if isinstance(value, (str, int, float))}
+    for name, value in settings.items():
+        if isinstance(value, list):  # of numbers, or of the networks that measured
+            plain[name] = " ".join(str(part["model"] if isinstance(part, dict) else part) for part in value)
+    plain.pop("command", None)
+    return {name: public_name(str(value)) for name, value in plain.items()}
 
 
 def is_finite(value):

@@ -102,4 +102,4 @@ def make_sampler(scheduler, name):
     config |= {"timestep_spacing": "trailing", "clip_sample": config.get("clip_sample", False)}
     if name == "rk4":
         return DDIMRungeKuttaScheduler.from_config(config), "RK4"
-    return DDIMScheduler.from_config(config), "DDIM, trailing timesteps"
+    return DDIMScheduler.from_config(config), "DDIM"

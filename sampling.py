@@ -317,6 +317,7 @@ def describe(pipe, family, sampler, scale):
     default = call_parameters(family).get(family.guidance_name)
     return {
         "sampler": sampler,
+        "timestep_spacing": pipe.scheduler.config.get("timestep_spacing"),
         "prediction_type": prediction_type(pipe.scheduler),
         "guidance_scale": default.default if scale is None and default is not None else scale,
     }

@@ -50,7 +50,7 @@ VERDICTS = {
 NAMES = dict(zip(VERDICTS, [list(METRICS)[i] for i in (0, 1, 8, 2, 3, 4, 5, 6, 7)]))
 
 
-def model(label, column, steps=50, guidance=2.0, swept=False):
+def model(label, column, steps, guidance, swept, spectra):
     values = {name: numbers[column] for name, numbers in METRICS.items()}
     return {
         "name": f"{label}, {steps} steps, guidance {guidance:g}" if swept else label,
@@ -60,7 +60,7 @@ def model(label, column, steps=50, guidance=2.0, swept=False):
         "num_samples": 5000,
         "metrics": values,
         "intervals": {name: [value - METRICS[name][2], value + METRICS[name][2]] for name, value in values.items()},
-        "spectrum": spectrum(column - 1.0),
+        "spectrum": spectrum(column - 1.0) if spectra else None,
         "samples": f"samples/{label}",
     }
 
@@ -72,9 +72,9 @@ def spectrum(shift):
     return {"frequency": FREQUENCY, "log_power": power, "error": error, "low": low, "high": high}
 
 
-def make_report(settings=((50, 2.0),)):
+def make_report(settings=((50, 2.0),), spectra=False):
     swept = len(settings) > 1
-    models = [model(label, i, *s, swept) for i, label in enumerate(("base", "lpl")) for s in settings]
+    models = [model(label, i, *s, swept, spectra) for i, label in enumerate(("base", "lpl")) for s in settings]
     differences = {
         name: {"difference": b - a, "interval": list(interval), "samples_needed": 28_123 if name == "recall" else 900}
         for name, (a, b, _, interval) in METRICS.items()
@@ -87,14 +87,17 @@ def make_report(settings=((50, 2.0),)):
             "num_reference_samples": 4952,
             "resolution": 64,
             "level": 0.95,
-            "feature_extractors": [{"name": "dinov2", "dim": 1024}, {"name": "inception", "dim": 2048}],
+            "feature_extractors": [{"name": "dinov2", "model": "a/b"}, {"name": "inception", "model": "c"}],
             "versions": {"torch": "2.6"},
         },
         "models": models,
         "reference": {
-            "spectrum": spectrum(0.0),
+            "spectrum": spectrum(0.0) if spectra else None,
             "metrics": {"sharpness": 700.0},
-            "reconstructions": {"metrics": {"frechet_distance": 41.25}, "spectrum": spectrum(-0.2)},
+            "reconstructions": {
+                "metrics": {"frechet_distance": 41.25},
+                "spectrum": spectrum(-0.2) if spectra else None,
+            },
         },
         "differences": [{"models": [a["name"], b["name"]], "metrics": differences} for a, b in pairs],
         "notes": ["Few samples."],
@@ -223,7 +226,11 @@ def test_the_outcome_is_no_surer_than_the_intervals(tmp_path):
 )
 def test_verdicts(name, first, second, interval, verdict):
     models = [
-        {"name": label, "metrics": {name: value}, "intervals": {name: [value - 0.05 * abs(value), value * 1.05]}}
+        {
+            "name": label,
+            "metrics": {name: value},
+            "intervals": {name: [value - abs(value) / 20, value + abs(value) / 20]},
+        }
         for label, value in (("a", first), ("b", second))
     ]
     view = View({"models": models, "reference": {"metrics": {"sharpness": 700}}})
@@ -266,7 +273,7 @@ def test_metrics_have_readable_names():
 
 def test_markdown_says_what_html_says(tmp_path):
     markdown_it = pytest.importorskip("markdown_it")
-    report = make_report()
+    report = make_report(spectra=True)
     report["settings"]["odd | name"] = "*a* | `b` <i> &amp; _c_"
     save_samples(tmp_path, "base", noise(2), ["a | b", "*c*"])
     save_samples(tmp_path, "lpl", noise(2, seed=1))
@@ -306,7 +313,7 @@ def test_the_page_needs_nothing_from_outside_and_escapes_what_comes_from_there(t
 
 
 def test_no_number_is_null_in_the_json_and_a_dash_on_the_page(tmp_path):
-    report = make_report()
+    report = make_report(spectra=True)
     lpl = report["models"][1]
     lpl["metrics"]["recall"], lpl["intervals"]["clip_score"] = math.nan, [math.nan, math.inf]
     lpl["spectrum"]["error"][3] = -math.inf
@@ -329,7 +336,7 @@ def test_no_number_is_null_in_the_json_and_a_dash_on_the_page(tmp_path):
 def test_the_numbers_are_safe_and_files_are_whole_or_old(tmp_path, monkeypatch):
     write_report(make_report(), tmp_path)
     assert not list(tmp_path.glob("tmp-*"))
-    old, newer = (tmp_path / "report.html").read_bytes(), make_report()
+    old, newer = (tmp_path / "report.html").read_bytes(), make_report(spectra=True)
     newer["models"][0]["metrics"]["recall"] = 0.25
     monkeypatch.setattr(evaluation_report, "draw_panels", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -440,28 +447,41 @@ def test_images_of_different_sizes_have_no_detail(tmp_path):
 SWEEP = tuple((steps, guidance) for steps in (10, 50, 100) for guidance in (1.0, 2.0, 4.0))
 
 
+def keep(report, *names):
+    for part in report["models"] + report["differences"]:
+        part["metrics"] = {name: part["metrics"][name] for name in names}
+
+
 def test_a_sweep_has_an_overview_curves_and_the_pairs_of_one_setting(tmp_path):
-    report = make_report(SWEEP)
-    entry = report["differences"][0]["metrics"] = copy.deepcopy(report["differences"][0]["metrics"])
-    entry["frechet_distance"]["interval"] = [-45.0, 5.0]
+    report = make_report(SWEEP, spectra=True)
+    keep(report, "recall", "frechet_distance_inception", "frechet_distance")
+    report["differences"][0]["metrics"]["frechet_distance"] = {"difference": -20.0, "interval": [-45.0, 5.0]}
     save_samples(tmp_path, "base", noise(1))
     save_samples(tmp_path, "lpl", noise(1, seed=1))
     page = written(report, tmp_path)
-    assert "Depending on the setting, lpl is better in 5 to 6 of 9 metrics, worse in 1; 1 to 2 can't tell" in page.text
-    overview = page.table("lpl is")
-    assert overview[0] == ["lpl is", *(f"{steps} steps, guidance {guidance:g}" for steps, guidance in SWEEP)]
-    assert overview[1] == ["Fréchet distance (dinov2) \u2193", "undecided", *["better"] * 8]
+    assert "lpl is better in 0 to 1 of 3 metrics, worse in 1; 1 to 2 can't tell the two apart with 5,000" in page.text
+    first, second, third = overview = page.table("lpl is")[1:]
+    assert page.table("lpl is")[0][1:] == [f"{steps} steps, guidance {guidance:g}" for steps, guidance in SWEEP]
+    assert first == ["Fréchet distance (dinov2) \u2193", "undecided", *["better"] * 8]
+    assert set(second[1:]) == {"worse"} and set(third[1:]) == {"undecided"}
     differences = page.table("Verdict")
-    assert len(differences) == 1 + len(METRICS) * (1 + len(SWEEP)) and differences[1] == [
-        "Fréchet distance (dinov2) \u2193"
-    ]
+    assert len(differences) == 1 + len(overview) * (1 + len(SWEEP)) and differences[1] == first[:1]
     assert differences[2][:4] == ["10 steps, guidance 1", "", "undecided", "-20 (-45 to +5)"]
     for heading in ("Samples at 50 steps, guidance 2", "Power spectra at 50 steps, guidance 2", "Curves"):
         assert heading in page.text
     panels = [attributes for tag, attributes in page.tags if tag == "img" and "class" not in attributes]
-    assert len(panels) == 2 * (len(METRICS) - 1) + 2 and Image.open(tmp_path / "curves.png").width > 1000
-    report["settings"] |= {"num_inference_steps": 10, "guidance_scale": 4.0}
-    assert "Samples at 10 steps, guidance 4" in written(report, tmp_path).text
+    assert len(panels) == 2 * 3 + 2 and Image.open(tmp_path / "curves.png").width > 1000
+
+
+def test_the_setting_shown_is_the_one_nearest_the_defaults():
+    report = make_report(SWEEP)
+    assert View(report).main == (50, 2.0)
+    report["settings"] |= {"num_inference_steps": 12, "guidance_scale": 7.5}
+    assert View(report).main == (10, 4.0)
+    report["models"] = [
+        entry for entry in report["models"] if entry["model"] == "base" or entry["guidance_scale"] == 1
+    ]
+    assert View(report).main == (10, 1.0)  # where both models are
 
 
 def test_a_curve_is_that_of_the_dict():
@@ -485,14 +505,15 @@ def test_a_curve_is_that_of_the_dict():
 
 
 def test_one_swept_flag_is_one_set_of_curves(tmp_path):
-    page = written(make_report(((25, 2.0), (50, 2.0))), tmp_path)
-    panels = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(panels) == len(METRICS) - 1 + 2
-    assert not (tmp_path / "pairs.png").exists()
+    report = make_report(((25, 2.0), (50, 2.0)))
+    keep(report, "recall", "frechet_distance_reconstructed")
+    page = written(report, tmp_path)
+    assert [tag for tag, _ in page.tags].count("img") == 1  # no curve of the second one
+    assert "Power spectra" not in page.text and not (tmp_path / "pairs.png").exists()
 
 
 def test_the_spectra_are_those_of_the_dict():
-    report = make_report()
+    report = make_report(spectra=True)
     axis = Figure().subplots()
     draw_errors(View(report), report["models"], axis)
     drawn = {tuple(line.get_ydata()) for line in axis.get_lines()}
