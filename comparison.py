@@ -20,7 +20,7 @@ from disk_cache import weights_hash
 from evaluation import ImageFiles, StreamImages, log_power, moments_of, read_statistics, score
 from evaluation_report import paper_numbers
 from features import CLIP, short_name
-from images import IMAGE_EXTENSIONS
+from images import images_in
 from model_checks import public_name
 from sampling import all_agree, describe, draw_samples, reconstruct, sample_name
 
@@ -34,7 +34,7 @@ class Reference:
 
     def __init__(self, args, models):
         self.moments, self.images, self.stream = {}, None, None
-        if args.reference.endswith(".npz"):
+        if args.reference_kind == "npz":
             short = [short_name(name) for name in args.feature_extractor]
             self.moments, self.images = read_statistics(args.reference, short)
             if self.images is not None and args.resolution not in (None, self.images.size[0]):
@@ -77,14 +77,8 @@ class Reference:
 
 def open_stream(args, models):
     """The reference as the training scripts read their data; images to compare --samples with need no captions."""
-    name = args.reference
     source = {"train_data_dir": None, "dataset_name": None, "train_shards": None}
-    if ".tar" in Path(name).name:
-        source["train_shards"] = [name]
-    elif Path(name).is_dir() and not Path(name, "dataset_dict.json").exists() and has_images(name):
-        source["train_data_dir"] = name
-    else:
-        source["dataset_name"] = name
+    source[args.reference_kind] = [args.reference] if args.reference_kind == "train_shards" else args.reference
     kept = "image_column caption_column label_column dataset_config_name cache_dir max_bad_images seed resolution"
     source |= {flag: getattr(args, flag) for flag in kept.split()}
     absent = "samples validation_prompts caption_weights trigger_word buckets".split()
@@ -106,10 +100,6 @@ def open_stream(args, models):
     )
 
 
-def has_images(folder):
-    return any(path.suffix.lower() in IMAGE_EXTENSIONS for path in Path(folder).rglob("*"))
-
-
 class SampleSet(NamedTuple):
     """The samples of one model in one setting."""
 
@@ -122,12 +112,6 @@ class SampleSet(NamedTuple):
     @property
     def setting(self):
         return self.name.removeprefix(self.model)
-
-
-def images_in(folder):
-    """The paths of a folder's images, in the order of their names."""
-    paths = (path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
-    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def open_folders(args):

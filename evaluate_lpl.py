@@ -15,7 +15,7 @@ from pathlib import Path
 
 from arguments import Parser, UserError, number, run
 from features import CLIP, check_clip, check_extractor, inception_available, short_name
-from images import IMAGE_EXTENSIONS
+from images import IMAGE_EXTENSIONS, images_in
 from model_checks import is_folder_name
 
 
@@ -172,12 +172,22 @@ def names_of(args):
 
 
 def check_reference(args):
-    name = args.reference
-    is_file = name.endswith(".npz") or ".tar" in name
-    if is_folder_name(name) and not Path(name).exists() and not ("{" in name and is_file):
+    """Sets `args.reference_kind`: npz, or the training scripts' flag for such data."""
+    name, is_folder = args.reference, Path(args.reference).is_dir()
+    args.reference_kind = "dataset_name"
+    if name.endswith(".npz"):
+        args.reference_kind = "npz"
+    elif ".tar" in name and not is_folder:
+        args.reference_kind = "train_shards"
+    elif is_folder and not any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json")):
+        if any(path.suffix.lower() in IMAGE_EXTENSIONS for path in Path(name).rglob("*")):
+            args.reference_kind = "train_data_dir"
+    there = args.reference_kind == "train_shards" or Path(name).exists()  # shards' names have patterns
+    if not there and (is_folder_name(name) or args.reference_kind == "npz"):
         raise UserError(f"--reference {name}: there is no such file or folder.")
-    if name.endswith(".npz") and not Path(name).is_file():
-        raise UserError(f"--reference {name}: there is no such file.")
+    given = [flag for flag in ("--reference_split", "--dataset_config_name") if flag in args.given_flags]
+    if given and args.reference_kind != "dataset_name":
+        raise UserError(f"{given[0]} has no effect on --reference {name}, which is no datasets dataset: leave it out.")
 
 
 def check_scores(args):
@@ -196,12 +206,6 @@ def check_scores(args):
         raise UserError(f"--feature_extractor: two have the same name ({', '.join(short)}): rename a folder.")
     if args.clip_model is not None:
         check_clip(args.clip_model)
-
-
-def images_in(folder):
-    """The paths of a folder's images, in the order of their names."""
-    paths = (path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
-    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 if __name__ == "__main__":
@@ -257,7 +261,8 @@ def main(args):
         pipe, sampler = model.load(args, accelerator.device, dtype)
         weights = all_agree(identity(pipe) if accelerator.is_main_process else None)
         facts = {"sampler": sampler, "weights": weights, "prompts": reference.prompts_hash()}
-        vae = reconstruct_reference(accelerator, args, pipe.vae, reference, rebuilt)
+        own_vae = model.load_vae(args, accelerator.device)
+        vae = reconstruct_reference(accelerator, args, own_vae, reference, rebuilt)
         for setting in itertools.product(args.num_inference_steps, args.guidance_scale or [None]):
             drawn = draw_set(accelerator, args, model, pipe, facts, setting, prompts)
             sets.append(drawn._replace(vae=vae))

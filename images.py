@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -17,6 +18,12 @@ Image.MAX_IMAGE_PIXELS = 250_000_000
 # What Pillow raises for a file that is not, or not wholly, an image.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 IMAGE_ERRORS += (Image.DecompressionBombError,)
+
+
+def images_in(folder):
+    """The paths of a folder's images, without those in sub-folders, in the order of their names."""
+    paths = (path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def load_image(source):

@@ -93,6 +93,12 @@ class Model:
             pipe.to(device)
         return pipe, sampler
 
+    def load_vae(self, args, device):
+        """Its VAE alone, in float32: some overflow in the precision that samples are drawn in."""
+        if args.pretrained_vae_model_name_or_path:
+            return load_vae(args, torch.float32).to(device)
+        return load_part(ModelSource(self.base, args.cache_dir, args.variant), "vae", torch.float32).to(device)
+
     def _load_pipeline(self, args, dtype, given):
         family = self.family
         if family.pipeline_class.__module__.startswith("diffusers."):
@@ -160,6 +166,8 @@ def made_for(pipeline, config, vae_config):
 
 
 def pixels_per_latent(vae_config):
+    if vae_config.get("_class_name") not in VAES:
+        raise UserError(f"a {vae_config.get('_class_name')} is no VAE that is known here: {', '.join(VAES)}.")
     blocks, _, default, _ = VAES[vae_config["_class_name"]]
     return 2 ** (len(vae_config.get(blocks, range(default))) - 1)
 

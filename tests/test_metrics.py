@@ -326,8 +326,9 @@ def test_ties_and_duplicates():
 
 def test_balls_of_samples_with_many_duplicates_are_empty():
     # 8 of each: the 5th neighbour is 0 away, and nothing is less than that. Rounding must not decide.
-    x = features(30, 100, 31).repeat(8, 1)
-    values = assert_naive_measures(x, x.flip(0), half_samples(240, 0, seed=0), k=5)
+    x = features(33, 100, 31).repeat(8, 1)
+    shuffled = x[torch.randperm(264, generator=torch.Generator().manual_seed(0))]
+    values = assert_naive_measures(x, shuffled, half_samples(264, 0, seed=0), k=5, chunk=4001)
     assert values == [0, 0, 0, 0]
 
 
@@ -346,10 +347,11 @@ def test_small_distances_far_from_the_origin():
     assert_naive_measures(samples, reference, half_samples(60, 2, seed=5), k=5)
 
 
-def test_measures_of_identical_and_of_disjoint_sets():
+@pytest.mark.parametrize("chunk", [2**22, 333, 4001])
+def test_measures_of_identical_and_of_disjoint_sets(chunk):
     x = features(100, 16, 15)
-    measures = precision_recall_density_coverage(x, x.clone(), half_samples(100, 0, 0))
-    # Each ball holds its centre and 4 of the 5 nearest: 5 / k.
+    measures = precision_recall_density_coverage(x, x.clone(), half_samples(100, 0, 0), chunk=chunk)
+    # Each ball holds its centre and 4 of the 5 nearest: 5 / k. The 5th is as far away as the radius says.
     assert {name: value.item() for name, value in measures.items()} == dict.fromkeys(measures, 1.0)
     measures = precision_recall_density_coverage(x, x + 100, half_samples(100, 0, 0))
     assert {name: value.item() for name, value in measures.items()} == dict.fromkeys(measures, 0.0)

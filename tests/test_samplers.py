@@ -93,15 +93,15 @@ def flow_error(name, steps, shift=1.0):
     return (found - exact(NOISE, 0.0, 1.0)).abs().max().item()
 
 
-def test_runge_kutta_is_of_fourth_order_for_flow_matching_and_euler_of_first():
-    errors = {name: [flow_error(name, steps) for steps in (5, 10, 20)] for name in ("rk4", "auto")}
-    orders = {name: np.log2(np.divide(values[:-1], values[1:])) for name, values in errors.items()}
-    assert orders["rk4"].min() > 3.3 and orders["auto"].max() < 1.5
-    assert errors["rk4"][1] < errors["auto"][1] / 100
+@pytest.mark.parametrize(("name", "least", "most"), [("rk4", 3.7, 5.5), ("auto", 0.8, 1.2)])
+def test_runge_kutta_is_of_fourth_order_for_flow_matching_and_euler_of_first(name, least, most):
+    errors = [flow_error(name, steps, shift=3.0) for steps in (10, 20, 40)]
+    orders = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert (orders > least).all() and (orders < most).all()
 
 
-def test_with_the_flow_shifted_the_same_solution_is_found():
-    assert flow_error("rk4", 20, shift=3.0) < 1e-3 < flow_error("auto", 20, shift=3.0)
+def test_runge_kutta_is_nearer_to_the_solution_at_equal_work():
+    assert flow_error("rk4", 5) < 1e-4 < 1e-2 < flow_error("auto", 20)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,14 +292,11 @@ def test_flow_matching_is_not_sampled_with_noise():
 def test_the_flow_shift_of_sanas_scheduler_is_kept(name):
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     scheduler, _ = make_sampler(DPMSolverMultistepScheduler(**flow), name)
+    like = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(5)
-    assert scheduler.config.shift == 3.0 and isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    levels = torch.linspace(1, 1 / 1000, 1000)
-    last = 3 * levels[-1] / (1 + 2 * levels[-1])  # the least that was trained
-    unshifted = torch.linspace(1, last / (3 - 2 * last), 5) if False else None
-    assert unshifted is None
-    assert scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
-    assert scheduler.sigmas[1] > 0.85  # 0.75 would be unshifted
+    like.set_timesteps(5)
+    torch.testing.assert_close(scheduler.sigmas, like.sigmas)
+    assert scheduler.sigmas[1] > 0.85  # 0.75 without the shift
 
 
 def test_a_pipelines_own_sampler_is_left_as_it_is():
