@@ -1,6 +1,7 @@
 """What `evaluate_lpl.py` compares: the real images, the samples of each model and setting, and the report on them."""
 
 import hashlib
+import itertools
 from argparse import Namespace
 from functools import partial
 from importlib.metadata import version
@@ -215,7 +216,7 @@ def make_report(args, sets, seen, real, floors, networks, device):
     """All that `evaluation_report` shows.
 
     Args:
-        sets: `SampleSet`s; those of the first model are what the others are compared with.
+        sets: `SampleSet`s, every two of which are compared if their setting is the same.
         seen: name of the set -> `evaluation.Measured`. real: that of the reference. floors: VAE's hash -> that of its
             reconstructions. networks: (feature extractors, CLIP scorer or None).
     """
@@ -271,14 +272,13 @@ def spectrum(measured):
 
 
 def differences(sets, values, count):
-    """Of each model from the first one, in the same setting."""
-    found, firsts = [], {}
-    for s in sets:
-        base = firsts.setdefault(s.setting, s)
-        if base is not s:
-            ours, theirs = values[s.name], values[base.name]
-            compared = {m: metrics.difference(theirs[m], ours[m], count, LEVEL) for m in ours if m in theirs}
-            found.append({"models": [base.name, s.name], "metrics": compared})
+    """Of every two models in the same setting, the later one's from the earlier one's."""
+    found = []
+    for first, second in itertools.combinations(sets, 2):
+        if first.setting == second.setting:
+            ours, theirs = values[first.name], values[second.name]
+            compared = {m: metrics.difference(ours[m], theirs[m], count, LEVEL) for m in ours if m in theirs}
+            found.append({"models": [first.name, second.name], "metrics": compared})
     return found
 
 

@@ -35,7 +35,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("models").add_argument
     add("--model", nargs="+", metavar="MODEL", help="folders or Hub ids of the models, results of the training "
-        "scripts or others; the first is what the others are compared with")
+        "scripts or others; each is compared with those before it")
     add("--lora", nargs="+", metavar="LORA", help="a LoRA for each model, none for one without; a single model "
         "stands for all")
     add("--base_model", help="the pipeline around models that were saved alone (--save_only_trained, checkpoints)")

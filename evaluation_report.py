@@ -52,8 +52,10 @@ def write_report(report, folder):
 
     Args:
         report: a dict of
-            settings: what was measured and how; any names, nested or not. `reference`, `level`, `half_samples` and
-                `feature_extractors` (a list of dicts with `name`) are also read here.
+            settings: what was measured and how; any names, nested or not, and all optional. Read here: `reference`,
+                `num_samples`, `num_reference_samples`, `level`, `feature_extractors` (a list of dicts with `name`, the
+                first of which measures what has no suffix), and `num_inference_steps` and `guidance_scale`, the
+                setting of a sweep near which samples and spectra are shown; if they are no numbers, the paper's.
             models: list of {name, metrics: {name: number}}, and optionally model (the label without the sweep),
                 num_inference_steps, guidance_scale, num_samples, intervals: {name: [low, high]}, samples (a folder,
                 relative to the report's), spectrum: {frequency [R], as shares of Nyquist; log_power [R]; error [R],
@@ -65,7 +67,7 @@ def write_report(report, folder):
     """
     report, folder = finite(report), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "report.json", (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    replace_file(folder / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     blocks = document(report, folder)
     text = "\n\n".join(block.markdown() for block in blocks) + "\n"
     replace_file(folder / "report.md", text.encode())

@@ -460,7 +460,9 @@ def _standard_error(values, count):
 def interval(values: torch.Tensor, count: int, level: float = 0.95) -> list[float]:
     """Confidence interval [low, high] of a metric from its values [S] for N = `count` samples and their halves.
 
-    Centred at the full set's value; the halves tell its standard error, for the normal distribution.
+    Centred at the full set's value; the halves tell its standard error, for the normal distribution. It says how the
+    metric of N samples, with the bias that it has at N, varies with the samples; the reference stays as it is. Near
+    its limit of 1, coverage varies more in a half than its size explains: the interval is up to twice too wide.
     """
     reach = NormalDist().inv_cdf((1 + level) / 2) * _standard_error(values, count)
     return [values[0].item() - reach, values[0].item() + reach]

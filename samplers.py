@@ -92,14 +92,16 @@ def make_sampler(scheduler, name):
     """
     if name == "pipeline":
         return scheduler, type(scheduler).__name__
-    config = dict(scheduler.config)
+    # Given by name: what only stands in the config is dropped where it was a default of the pipeline's scheduler.
     if prediction_type(scheduler) == "flow_prediction":
-        if not is_flow_scheduler(scheduler):  # Sana's samples diffusion as well, and calls the shift otherwise
-            config = {"num_train_timesteps": config["num_train_timesteps"], "shift": config.get("flow_shift", 1.0)}
-        config |= {"stochastic_sampling": False}
-        flow_class = FlowMatchRungeKuttaScheduler if name == "rk4" else FlowMatchEulerDiscreteScheduler
-        return flow_class.from_config(config), "RK4" if name == "rk4" else "Euler"
-    config |= {"timestep_spacing": "trailing", "clip_sample": config.get("clip_sample", False)}
-    if name == "rk4":
-        return DDIMRungeKuttaScheduler.from_config(config), "RK4"
-    return DDIMScheduler.from_config(config), "DDIM"
+        sampler = FlowMatchRungeKuttaScheduler if name == "rk4" else FlowMatchEulerDiscreteScheduler
+        if is_flow_scheduler(scheduler):
+            found = sampler.from_config(scheduler.config, stochastic_sampling=False)
+        else:  # Sana's samples diffusion as well, and calls the shift otherwise
+            config = scheduler.config
+            found = sampler(num_train_timesteps=config.num_train_timesteps, shift=config.get("flow_shift", 1.0))
+    else:
+        sampler = DDIMRungeKuttaScheduler if name == "rk4" else DDIMScheduler
+        unclipped = {"clip_sample": False, "thresholding": False}  # these are for pixels
+        found = sampler.from_config(scheduler.config, timestep_spacing="trailing", **unclipped)
+    return found, {FlowMatchEulerDiscreteScheduler: "Euler", DDIMScheduler: "DDIM"}.get(sampler, "RK4")

@@ -4,7 +4,7 @@
 
 Each metric runs for the full set and random halves of it, in a process of its own, on random features that spread
 mostly in 64 dimensions, as real ones do in few. Prints a Markdown table of seconds and of the peak memory: resident
-for a process on the CPU, its two sets of features and the libraries included; with --device cuda, allocated on the GPU.
+for a process on the CPU, with its two sets of features and the libraries; allocated on the GPU with --device cuda.
 """
 
 import argparse

@@ -231,7 +231,7 @@ def test_a_pipeline_calls_its_model_four_times_a_step(pipelines, name):
     [
         PNDMScheduler(**SD_NOISE, skip_prk_steps=True, steps_offset=1),
         EulerDiscreteScheduler(**SD_NOISE, prediction_type="v_prediction"),
-        DDPMScheduler(**SD_NOISE, prediction_type="v_prediction", clip_sample=False),
+        DDPMScheduler(**SD_NOISE, prediction_type="v_prediction"),
         DPMSolverMultistepScheduler(**SD_NOISE, prediction_type="epsilon"),
         diffusion_scheduler("sample"),
     ],
@@ -239,7 +239,7 @@ def test_a_pipeline_calls_its_model_four_times_a_step(pipelines, name):
 )
 def test_diffusion_is_sampled_by_ddim_from_the_last_trained_timestep(own):
     scheduler, title = make_sampler(own, "auto")
-    assert type(scheduler) is DDIMScheduler and title == "DDIM, trailing timesteps"
+    assert type(scheduler) is DDIMScheduler and title == "DDIM"
     scheduler.set_timesteps(10)
     assert scheduler.timesteps.tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
     assert scheduler.config.prediction_type == own.config.prediction_type

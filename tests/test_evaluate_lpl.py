@@ -1,0 +1,904 @@
+"""Models side by side: whole runs of evaluate_lpl.py, whose numbers are computed again by hand from the PNGs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import named_flags
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from test_features import save, tiny
+from test_shards import write_tar
+from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_tokenizer, photo_id
+
+import evaluate_lpl
+import evaluation
+import metrics
+from arguments import UserError
+from features import ClipScorer, load_extractor
+
+
+ROOT = Path(evaluate_lpl.__file__).parent
+SAMPLES, HALVES, K = 8, 6, 2
+SMALL = ("--num_samples", SAMPLES, "--num_inference_steps", 2, "--resolution", 64, "--k", K, "--half_samples", HALVES)
+
+
+def reset():
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def parse_words(words):
+    return evaluate_lpl.parse_args([str(word) for word in words])
+
+
+def evaluate(output, *words, small=SMALL):
+    """Runs the script in this process and returns its report."""
+    reset()
+    evaluate_lpl.main(parse_words([*small, "--output_dir", output, *words]))
+    return json.loads((output / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    """Folder of a tiny Dinov2 called vit."""
+    folder = tmp_path_factory.mktemp("extractors") / "vit"
+    return save(folder, tiny("Dinov2Model"), {"height": 28, "width": 28})
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A second Stable Diffusion, with other weights in all its parts."""
+    return build_tiny_sd(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def words(photos, extractor):
+    return "--reference", photos, "--feature_extractor", extractor
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    build_tiny_tokenizer().save_pretrained(folder)
+    return save(folder, tiny("CLIPModel"))
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_sd, other, photos, extractor, clip, tmp_path_factory):
+    """Two models, two feature extractors and CLIP: the output folder and the report."""
+    folder = tmp_path_factory.mktemp("compared")
+    second = save(folder / "resnet", tiny("ResNetModel"))
+    words = ("--model", tiny_sd, other, "--names", "before", "after", "--reference", photos, "--clip_model", clip)
+    return folder / "out", evaluate(folder / "out", *words, "--feature_extractor", extractor, second)
+
+
+def files(output, name):
+    return sorted((output / "samples" / name).glob("*.png"))
+
+
+def pixels(paths):
+    """uint8 [N, 3, H, W], by Pillow."""
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def reference_pixels(folder, size=64):
+    """Square pictures, resized as the report says."""
+    pictures = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
+    resized = [np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)) for picture in pictures]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+
+
+def texts(paths):
+    return [Image.open(path).text for path in paths]
+
+
+def models(report):
+    return {model["name"]: model for model in report["models"]}
+
+
+def without(value, *names):
+    """A report without what may differ from run to run."""
+    if isinstance(value, dict):
+        return {key: without(child, *names) for key, child in value.items() if key not in names}
+    return [without(child, *names) for child in value] if isinstance(value, list) else value
+
+
+def same_report(first, second):
+    assert without(first, "command") == without(second, "command")
+
+
+# What the report says
+
+
+def by_hand(samples, reference, reconstructions, extractors, subsets, captions=None, clip=None):
+    """{metric: [S]} by the functions of metrics.py, called directly."""
+    found = {}
+    for number, name in enumerate(extractors):
+        network = load_extractor(name, "cpu")
+        suffix = f"_{network.name}" if number else ""
+        ours, theirs, rebuilt = (network(images).features for images in (samples, reference, reconstructions))
+        for infix, others in (("", theirs), ("_reconstructed", rebuilt)):
+            frechet = metrics.frechet_distances(ours, metrics.moments(others), subsets)
+            found[f"frechet_distance{infix}{suffix}"] = frechet
+            found[f"kernel_distance{infix}{suffix}"] = metrics.kernel_distances(ours, others, subsets)
+        for metric, values in metrics.precision_recall_density_coverage(ours, theirs, subsets, K).items():
+            found[metric + suffix] = values
+    if clip is not None:
+        found["clip_score"] = metrics.mean_values(ClipScorer(clip)(samples, captions), subsets)
+    found["sharpness"] = metrics.mean_values(metrics.sharpness(samples), subsets)
+    power = metrics.radial_power(samples / 127.5 - 1)
+    for infix, others in (("", reference), ("_reconstructed", reconstructions)):
+        log_power = metrics.radial_log_power(others / 127.5 - 1)
+        for name, values in metrics.spectrum_errors(power, log_power, subsets).items():
+            found[name.replace("spectrum_error", f"spectrum_error{infix}")] = values
+    return found
+
+
+def test_the_scores_are_those_of_the_pngs_and_the_centre_crops(compared, photos, extractor, clip):
+    output, report = compared
+    reference = reference_pixels(photos)
+    rebuilt = pixels(sorted(next((output / "reconstructions").iterdir()).glob("*.png")))
+    subsets = metrics.half_samples(SAMPLES, HALVES, 0)
+    extractors = (extractor, str(output.parent / "resnet"))
+    found = {}
+    for name in ("before", "after"):
+        paths = files(output, name)
+        assert len(paths) == SAMPLES
+        captions = [text["prompt"] for text in texts(paths)]
+        values = by_hand(pixels(paths), reference, rebuilt, extractors, subsets, captions, clip)
+        found[name], entry = values, models(report)[name]
+        assert entry["metrics"].keys() == values.keys()
+        for metric, numbers in values.items():
+            assert entry["metrics"][metric] == pytest.approx(numbers[0].item(), rel=1e-4, abs=1e-6)
+            interval = metrics.interval(numbers, SAMPLES)
+            assert entry["intervals"][metric] == pytest.approx(interval, rel=1e-3, abs=1e-5)
+    (difference,) = report["differences"]
+    assert difference["models"] == ["before", "after"]
+    for metric, entry in difference["metrics"].items():
+        expected = metrics.difference(found["before"][metric], found["after"][metric], SAMPLES)
+        assert entry["difference"] == pytest.approx(expected["difference"], rel=1e-3, abs=1e-6)
+        assert entry["interval"] == pytest.approx(expected["interval"], rel=1e-3, abs=1e-5)
+    assert report["reference"]["metrics"]["sharpness"] == pytest.approx(metrics.sharpness(reference).mean().item())
+
+
+def test_spectra_are_drawn_for_each_ring(compared, photos):
+    output, report = compared
+    reference = metrics.radial_log_power(reference_pixels(photos) / 127.5 - 1)
+    ours = metrics.radial_log_power(pixels(files(output, "after")) / 127.5 - 1)
+    spectrum = models(report)["after"]["spectrum"]
+    np.testing.assert_allclose(spectrum["frequency"], np.arange(1, 33) / 32)
+    np.testing.assert_allclose(spectrum["log_power"], ours, rtol=1e-5)
+    np.testing.assert_allclose(spectrum["error"], ours - reference, rtol=1e-4, atol=1e-5)
+    assert all(low < error < high for low, error, high in zip(*(spectrum[n] for n in ("low", "error", "high"))))
+    np.testing.assert_allclose(report["reference"]["spectrum"]["log_power"], reference, rtol=1e-5)
+
+
+def test_reconstructions_are_the_vaes_mean_decoded_and_scored_like_a_model(compared, tiny_sd, other, photos):
+    output, report = compared
+    reference = reference_pixels(photos)
+    for folder, model in ((tiny_sd, "before"), (other, "after")):
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        with torch.no_grad():
+            latents = vae.encode(reference / 127.5 - 1).latent_dist.mode()
+            expected = (vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
+        found = [pixels(sorted(path.glob("*.png"))) for path in (output / "reconstructions").iterdir()]
+        off = [(images - expected).abs().max() for images in found]
+        assert len(found) == 2 and min(off) <= 1.01 < max(off), "each model has those of its own VAE"
+    floor = report["reference"]["reconstructions"]["metrics"]
+    assert floor["frechet_distance"] > 0 and not any("reconstructed" in name for name in floor)
+    assert any("different VAEs" in note for note in report["notes"])
+
+
+def test_settings_and_files(compared, extractor):
+    output, report = compared
+    settings = report["settings"]
+    assert (settings["num_samples"], settings["num_reference_samples"]) == (SAMPLES, 10)
+    assert (settings["resolution"], settings["seed"], settings["k"]) == (64, 0, K)
+    assert [entry["name"] for entry in settings["feature_extractors"]] == ["vit", "resnet"]
+    assert (settings["sampler"], settings["prediction_type"]) == ("DDIM", "epsilon")
+    assert "fewer than the 16 features of vit" in " ".join(report["notes"])
+    for name in ("report.html", "report.md"):
+        assert "before" in (output / name).read_text() and "after" in (output / name).read_text()
+    for entry in report["models"]:
+        assert (entry["guidance_scale"], entry["num_inference_steps"]) == (7.5, 2)
+        assert sorted((output / entry["samples"]).glob("*.png")) == files(output, entry["name"])
+
+
+def test_what_a_png_says_of_itself(compared):
+    output, report = compared
+    for name in ("before", "after"):
+        for i, (path, text) in enumerate(zip(files(output, name), texts(files(output, name)))):
+            assert path.name == f"{i:06d}_seed{i}.png" and text["seed"] == str(i)
+            assert (text["num_inference_steps"], text["sampler"]) == ("2", "DDIM")
+            assert text["weights"] == models(report)[name]["weights_hash"]
+    assert [t["prompt"] for t in texts(files(output, "before"))] == [
+        t["prompt"] for t in texts(files(output, "after"))
+    ]
+
+
+# Pairs
+
+
+def test_a_copy_draws_the_same_images_and_the_differences_are_exactly_0(tiny_sd, words, tmp_path):
+    copy = shutil.copytree(tiny_sd, tmp_path / "copy")
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, copy, "--names", "one", "copy", *words)
+    images = [pixels(files(tmp_path / "out", name)) for name in ("one", "copy")]
+    assert torch.equal(*images) and len(images[0].flatten(1).unique(dim=0)) == SAMPLES
+    (difference,) = report["differences"]
+    assert len(difference["metrics"]) > 8
+    for entry in difference["metrics"].values():
+        assert entry == {"difference": 0, "interval": [0, 0], "samples_needed": None}
+
+
+def test_sample_i_starts_from_the_noise_of_seed_plus_i_and_the_same_prompt(
+    tiny_sd, other, words, tmp_path, monkeypatch
+):
+    seen = []
+
+    def prepare(self, *arguments, **settings):
+        seen.append(original(self, *arguments, **settings))
+        return seen[-1]
+
+    original = StableDiffusionPipeline.prepare_latents
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", prepare)
+    evaluate(tmp_path / "out", "--model", tiny_sd, other, "--seed", 5, "--batch_size", 3, *words)
+    noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5 + i)) for i in range(SAMPLES)]
+    assert torch.equal(torch.cat(seen), torch.cat([*noise, *noise]))
+
+
+def test_the_order_of_the_models_turns_the_differences_round(compared, tiny_sd, other, words, tmp_path):
+    report = evaluate(
+        tmp_path / "out", "--model", other, tiny_sd, *words, "--clip_model", compared[1] and clip_of(compared)
+    )
+    forward, back = compared[1]["differences"][0]["metrics"], report["differences"][0]["metrics"]
+    assert report["differences"][0]["models"] == ["other", "sd"] and back
+    for name, entry in back.items():
+        assert entry["difference"] == pytest.approx(-forward[name]["difference"], rel=1e-6, abs=1e-12)
+        assert entry["interval"] == pytest.approx(
+            [-end for end in forward[name]["interval"][::-1]], rel=1e-6, abs=1e-9
+        )
+        assert entry["samples_needed"] == forward[name]["samples_needed"]
+
+
+def clip_of(compared):
+    words = compared[1]["settings"]["command"].split()
+    return words[words.index("--clip_model") + 1]
+
+
+def close(first, second):
+    """Reports of drawings that differ by rounding at most."""
+    assert models(first).keys() == models(second).keys()
+    for name, model in models(first).items():
+        for metric, value in model["metrics"].items():
+            others = models(second)[name]["metrics"][metric]
+            assert others == pytest.approx(value, rel=0.02, abs=2e-3), metric
+
+
+def assert_same_images(first, second, name="sd"):
+    ours, theirs = (pixels(files(output, name)) for output in (first, second))
+    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert [path.name for path in files(first, name)] == [path.name for path in files(second, name)]
+    assert texts(files(first, name)) == texts(files(second, name))
+
+
+def test_the_batch_size_does_not_matter(tiny_sd, words, tmp_path):
+    reports = [
+        evaluate(tmp_path / str(size), "--model", tiny_sd, *words, "--batch_size", size, "--dataloader_num_workers", n)
+        for size, n in ((8, 0), (3, 1))
+    ]
+    assert_same_images(tmp_path / "8", tmp_path / "3")
+    close(*reports)
+
+
+def launch(processes, output, *words):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1]
+    command += ["--multi_gpu"] if processes > 1 else []
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    command += [ROOT / "evaluate_lpl.py", *SMALL, "--output_dir", output, *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tiny_sd, other, words, tmp_path):
+    words = ("--model", tiny_sd, other, "--batch_size", 3, *words)
+    report = evaluate(tmp_path / "one", *words)
+    result = launch(2, tmp_path / "two", *words)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name in ("sd", "other"):
+        assert_same_images(tmp_path / "one", tmp_path / "two", name)
+    close(report, json.loads((tmp_path / "two" / "report.json").read_text()))
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_finds_ends_both_with_one_sentence(tiny_sd, words, tmp_path, time_limit):
+    output = tmp_path / "two"
+    evaluate(output, "--model", tiny_sd, *words)
+    path = files(output, "sd")[3]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    result = launch(2, output, "--model", tiny_sd, *words)
+    assert result.returncode == 1
+    assert result.stderr.count("evaluate_lpl.py: error: ") == 1 and path.name in result.stderr
+
+
+# Going on
+
+
+def state(paths):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_what_is_missing_is_drawn_and_the_rest_left_as_it_is(tiny_sd, other, words, tmp_path):
+    words = ("--model", tiny_sd, other, "--batch_size", 3, *words)
+    report = evaluate(tmp_path / "out", *words)
+    drawn = [*files(tmp_path / "out", "sd"), *files(tmp_path / "out", "other")]
+    rebuilt = sorted((tmp_path / "out" / "reconstructions").rglob("*.png"))
+    before, lost = state([*drawn, *rebuilt]), [drawn[1], drawn[6], drawn[9], rebuilt[2]]
+    images = pixels(lost)
+    for path in [*lost, tmp_path / "out" / "report.json"]:
+        path.unlink()
+    again = evaluate(tmp_path / "out", *words)
+    after = state([*drawn, *rebuilt])
+    assert {path for path in before if before[path] != after[path]} <= set(lost)
+    assert (pixels(lost).int() - images.int()).abs().max() <= 1
+    close(report, again)
+
+
+def test_more_samples_go_on_from_those_that_are_there(tiny_sd, words, tmp_path):
+    evaluate(tmp_path / "out", "--model", tiny_sd, *words)
+    before = state(files(tmp_path / "out", "sd"))
+    more = evaluate(tmp_path / "out", "--model", tiny_sd, *words, "--num_samples", 13)
+    assert state(before) == before and len(files(tmp_path / "out", "sd")) == 13
+    close(more, evaluate(tmp_path / "fresh", "--model", tiny_sd, *words, "--num_samples", 13))
+    assert_same_images(tmp_path / "out", tmp_path / "fresh")
+    less = evaluate(tmp_path / "out", "--model", tiny_sd, *words)
+    assert less["models"][0]["num_samples"] == SAMPLES and len(files(tmp_path / "out", "sd")) == 13
+
+
+def test_more_samples_of_classes_keep_the_classes_of_those_that_are_there(tiny_pipeline, extractor, photos, tmp_path):
+    path = tmp_path / "reference.npz"
+    np.savez(path, arr_0=reference_pixels(photos).permute(0, 2, 3, 1).numpy())
+    words = ("--model", tiny_pipeline("DiT"), "--reference", path, "--feature_extractor", extractor)
+    evaluate(tmp_path / "out", *words)
+    evaluate(tmp_path / "out", *words, "--num_samples", 12)
+    evaluate(tmp_path / "fresh", *words, "--num_samples", 12)
+    assert_same_images(tmp_path / "out", tmp_path / "fresh", "DiT")
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_sd, words, tmp_path_factory):
+    output = tmp_path_factory.mktemp("begun")
+    evaluate(output, "--model", tiny_sd, *words, "--names", "a")
+    return output
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        (("--num_inference_steps", 3), "num inference steps"),
+        (("--guidance_scale", 3), "guidance scale"),
+        (("--guidance_rescale", 0.5), "guidance rescale"),
+        (("--sampler", "rk4"), "sampler"),
+        (("--seed", 1), "seed"),
+        (("--resolution", 32), "resolution"),
+        (("--mixed_precision", "bf16"), "precision"),
+        (("--instance_prompt", "a thing"), None),
+    ],
+    ids=" ".join,
+)
+def test_other_settings_in_the_same_folder_are_refused(begun, tiny_sd, words, changed, what):
+    changed = [str(word) for word in changed]
+    before = state(begun.rglob("*.png"))
+    run = ("--model", tiny_sd, *words, "--names", "a", *changed)
+    if what is None:  # all photos have captions of their own
+        evaluate(begun, *run)
+    else:
+        with pytest.raises(UserError, match=f"{what}.*choose another --output_dir"):
+            evaluate(begun, *run)
+    assert state(before) == before
+
+
+def test_another_model_or_reference_in_the_same_folder_is_refused(begun, tiny_sd, other, words, photos, tmp_path):
+    before = state(begun.rglob("*.png"))
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        evaluate(begun, "--model", other, *words, "--names", "a")
+    fewer = ("--max_reference_samples", 6)
+    captions = shutil.copytree(photos, tmp_path / "captions")
+    for path in captions.glob("*.png"):
+        path.with_suffix(".txt").write_text("another")
+    (captions / "metadata.jsonl").unlink()
+    for words in ((*words, *fewer), ("--reference", captions, *words[2:])):
+        with pytest.raises(UserError, match="choose another --output_dir"):
+            evaluate(begun, "--model", tiny_sd, *words, "--names", "a")
+    assert state(before) == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_and_finds_the_same(tiny_sd, words, tmp_path, time_limit):
+    words = [*words, "--batch_size", 2, "--num_inference_steps", 60, "--num_samples", 12, "--model", tiny_sd]
+    command = [sys.executable, ROOT / "evaluate_lpl.py", *SMALL, "--output_dir", tmp_path / "out", *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([str(word) for word in command], env=environment, stdout=log, stderr=log)
+        while len(files(tmp_path / "out", "sd")) < 4 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = state(files(tmp_path / "out", "sd"))
+    assert 4 <= len(before) < 12, (tmp_path / "log").read_text()[-2000:]
+    report = evaluate(tmp_path / "out", *words)
+    assert state(before) == before and len(files(tmp_path / "out", "sd")) == 12
+    same_report(report, evaluate(tmp_path / "fresh", *words))
+
+
+# Sweeps
+
+
+def test_sweeps_over_steps_and_guidance(tiny_sd, other, words, tmp_path):
+    sweep = ("--num_inference_steps", 1, 2, "--guidance_scale", 1, 2.5)
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, other, *words, *sweep)
+    settings = [(steps, scale) for steps in (1, 2) for scale in (1, 2.5)]
+    expected = {
+        f"{model}, {steps} steps, guidance {scale}": (model, steps, scale)
+        for model in ("sd", "other")
+        for steps, scale in settings
+    }
+    found = {m["name"]: (m["model"], m["num_inference_steps"], m["guidance_scale"]) for m in report["models"]}
+    assert found == expected
+    folders = {model["samples"] for model in report["models"]}
+    assert folders == {f"samples/{m}_{n}-steps_guidance-{s}" for m, n, s in expected.values()}
+    for model in report["models"]:
+        paths = sorted((tmp_path / "out" / model["samples"]).glob("*.png"))
+        text = texts(paths)[0]
+        assert len(paths) == SAMPLES
+        assert (text["num_inference_steps"], float(text["guidance_scale"])) == (
+            str(model["num_inference_steps"]),
+            model["guidance_scale"],
+        )
+    pairs = [entry["models"] for entry in report["differences"]]
+    assert pairs == [[name, name.replace("sd", "other")] for name in expected if name.startswith("sd")]
+    alone = evaluate(tmp_path / "alone", "--model", tiny_sd, *words, "--guidance_scale", 2.5)["models"][0]
+    assert alone["name"] == "sd"
+    assert alone["metrics"] == pytest.approx(models(report)["sd, 2 steps, guidance 2.5"]["metrics"], rel=1e-6)
+    assert "guidance scale" in (tmp_path / "out" / "report.html").read_text()
+
+
+# What is compared with
+
+
+def test_folders_of_samples_have_the_scores_of_the_models_that_drew_them(compared, words, tmp_path):
+    output, drawn = compared
+    folders = [output / "samples" / name for name in ("before", "after")]
+    report = evaluate(tmp_path / "out", "--samples", *folders, *words, small=("--k", K, "--half_samples", HALVES))
+    for name, model in models(report).items():
+        assert model["metrics"] == pytest.approx({m: models(drawn)[name]["metrics"][m] for m in model["metrics"]})
+        assert "kernel_distance" in model["metrics"] and "clip_score" not in model["metrics"]
+    ours, theirs = report["differences"][0], drawn["differences"][0]
+    assert ours["models"] == theirs["models"]
+    for metric, entry in ours["metrics"].items():
+        assert entry == pytest.approx(theirs["metrics"][metric], rel=1e-6, abs=1e-9)
+    assert report["reference"]["reconstructions"] is None
+    assert "taken from the order of their names" in " ".join(report["notes"])
+
+
+def test_with_a_vae_the_reference_of_such_folders_is_reconstructed_too(compared, tiny_sd, words, tmp_path):
+    output, drawn = compared
+    vae = ("--pretrained_vae_model_name_or_path", tiny_sd / "vae", "--num_samples", SAMPLES)
+    small = ("--k", K, "--half_samples", HALVES)
+    report = evaluate(tmp_path / "out", "--samples", output / "samples" / "before", *words, *vae, small=small)
+    expected = {
+        m: value for m, value in models(drawn)["before"]["metrics"].items() if m in models(report)["before"]["metrics"]
+    }
+    assert models(report)["before"]["metrics"] == pytest.approx(expected, rel=1e-5)
+    assert "kernel_distance_reconstructed" in expected
+    assert report["differences"] == []
+
+
+def test_captions_are_those_of_the_reference_in_an_order_of_the_seed(photos, tiny_sd, words, tmp_path):
+    own = [json.loads(line)["text"] for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    orders = []
+    for seed in (0, 1):
+        output = tmp_path / str(seed)
+        evaluate(output, "--model", tiny_sd, *words, "--seed", seed, "--num_samples", 13)
+        orders.append([text["prompt"] for text in texts(files(output, "sd"))])
+        assert sorted(orders[-1][:10]) == sorted(own) and orders[-1][10:] == orders[-1][:3]
+    assert orders[0] != orders[1] and own not in [order[:10] for order in orders]
+
+
+def test_a_folder_with_a_sub_folder_for_each_class_gives_the_labels(tiny_pipeline, class_folders, extractor, tmp_path):
+    words = ("--model", tiny_pipeline("DiT"), "--reference", class_folders, "--feature_extractor", extractor)
+    report = evaluate(tmp_path / "out", *words)
+    labels = [text["prompt"] for text in texts(files(tmp_path / "out", "DiT"))]
+    assert sorted(labels) == ["207"] * 4 + ["980"] * 4 and labels != sorted(labels)
+    assert report["settings"]["num_reference_samples"] == 8
+    assert "clip_score" not in report["models"][0]["metrics"]
+
+
+def test_a_dataset_that_was_saved_and_one_of_its_splits(photos, tiny_sd, words, extractor, tmp_path):
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    columns = {"image": [str(photos / row["file_name"]) for row in rows], "text": [row["text"] for row in rows]}
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    splits = {"train": dataset.select([0, 1, 2]), "validation": dataset}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    from_folder = evaluate(tmp_path / "folder", "--model", tiny_sd, *words)
+    words = ("--reference", tmp_path / "data", "--reference_split", "validation", "--feature_extractor", extractor)
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, *words)
+    assert report["models"][0]["metrics"] == pytest.approx(from_folder["models"][0]["metrics"], rel=1e-6)
+    assert_same_images(tmp_path / "folder", tmp_path / "out")
+
+
+def test_tar_shards(photos, tiny_sd, words, extractor, tmp_path):
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().splitlines()]
+    members = [
+        [
+            (row["file_name"], (photos / row["file_name"]).read_bytes()),
+            (f"{Path(row['file_name']).stem}.txt", row["text"]),
+        ]
+        for row in rows
+    ]
+    for number, part in enumerate((members[:6], members[6:])):
+        write_tar(tmp_path / f"{number:02d}.tar", [member for sample in part for member in sample])
+    from_folder = evaluate(tmp_path / "folder", "--model", tiny_sd, *words)
+    words = ("--reference", tmp_path / "{00..01}.tar", "--feature_extractor", extractor)
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, *words)
+    assert report["models"][0]["metrics"] == pytest.approx(from_folder["models"][0]["metrics"], rel=1e-6)
+    assert_same_images(tmp_path / "folder", tmp_path / "out")
+
+
+def test_fewer_images_of_the_reference_are_drawn_with_the_seed(photos, tiny_sd, words, tmp_path):
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, *words, "--max_reference_samples", 5)
+    assert report["settings"]["num_reference_samples"] == 5
+    rebuilt = sorted((tmp_path / "out" / "reconstructions").rglob("*.png"))
+    captions = {text["prompt"] for text in texts(files(tmp_path / "out", "sd"))}
+    assert len(rebuilt) == len(captions) == 5
+
+
+def test_statistics_that_were_written_are_the_reference_they_came_from(compared, extractor, tmp_path):
+    output, drawn = compared
+    path = output / "statistics" / "reference_vit.npz"
+    small = ("--k", K, "--half_samples", HALVES)
+    words = ("--reference", path, "--feature_extractor", extractor)
+    report = evaluate(tmp_path / "out", "--samples", output / "samples" / "after", *words, small=small)
+    (model,) = report["models"]
+    assert model["metrics"].keys() == {"frechet_distance", "sharpness"}
+    assert model["metrics"]["frechet_distance"] == pytest.approx(models(drawn)["after"]["metrics"]["frechet_distance"])
+    assert report["settings"]["num_reference_samples"] is None and report["reference"]["spectrum"] is None
+
+
+def test_images_in_an_npz_are_a_reference(compared, photos, extractor, tmp_path):
+    output, drawn = compared
+    np.savez(tmp_path / "images.npz", arr_0=reference_pixels(photos).permute(0, 2, 3, 1).numpy())
+    words = ("--reference", tmp_path / "images.npz", "--feature_extractor", extractor)
+    small = ("--k", K, "--half_samples", HALVES)
+    report = evaluate(tmp_path / "out", "--samples", output / "samples" / "after", *words, small=small)
+    expected = models(drawn)["after"]["metrics"]
+    found = report["models"][0]["metrics"]
+    assert found == pytest.approx({name: expected[name] for name in found}) and "recall" in found
+
+
+# Names
+
+
+def test_names_come_from_the_folders(tiny_sd, words, tmp_path, monkeypatch):
+    folder = tmp_path / "ein Modell, größer (2)"
+    folder.mkdir()
+    shutil.copytree(tiny_sd, folder / "result")
+    shutil.copytree(tiny_sd, tmp_path / "result")
+    monkeypatch.chdir(tmp_path)
+    args = parse_words(["--model", f"{folder.name}/result/", "./result", *words, "--output_dir", "out/"])
+    assert len(set(args.names)) == 2
+    assert all(name.endswith("result") and not set(name) & set("/ ,()") for name in args.names)
+    shutil.copytree(folder, tmp_path / "Ñandú, 2")
+    model = str(Path("Ñandú, 2", "result"))
+    report = evaluate(Path("out here, ja"), "--model", model, "--names", "Ñandú 2,5", *words)
+    (entry,) = report["models"]
+    assert entry["name"] == "Ñandú-2-5"
+    assert len(list(Path("out here, ja", entry["samples"]).glob("*.png"))) == SAMPLES
+    assert str(tmp_path) not in json.dumps(report)
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evaluate_lpl.Parser, "parse_args", lambda parser, argv: pytest.fail() if False else exit_with(parser)
+        )
+        with pytest.raises(Found) as found:
+            evaluate_lpl.parse_args([])
+    return set(found.value.args[0])
+
+
+class Found(Exception):
+    pass
+
+
+def exit_with(parser):
+    raise Found(list(parser._option_string_actions))
+
+
+@pytest.fixture
+def parse(words, tmp_path):
+    def run(*given):
+        return parse_words([*words, "--output_dir", tmp_path / "out", *given])
+
+    return run
+
+
+@pytest.fixture
+def empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+def flag_refusals(sd, photos, tmp_path):
+    """Flags and what the sentence says."""
+    lora, alone, file, empty = (tmp_path / name for name in ("lora", "alone", "file.txt", "empty"))
+    for folder in (lora, alone / "unet", empty):
+        folder.mkdir(parents=True)
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (alone / "unet" / "config.json").write_text("{}")
+    file.write_text("")
+    model, samples = ("--model", sd), ("--samples", photos)
+    return [
+        ((), "either --model, to draw samples, or --samples"),
+        ((*model, *samples), "either --model, to draw samples, or --samples"),
+        ((*model, "--lora", lora, lora, "--model", sd, sd, sd), "--lora needs 3 entries"),
+        ((*model, "--lora", empty), "holds no LoRA"),
+        ((*model, "--lora", tmp_path / "no"), f"there is no folder {tmp_path / 'no'}"),
+        (("--model", tmp_path / "no"), f"there is no folder {tmp_path / 'no'}"),
+        (("--model", lora), "holds a LoRA: give its base as --model, and this as --lora"),
+        (("--model", empty), "holds no model: name the --output_dir of a finished training"),
+        (("--model", file), "holds no model"),
+        (("--model", alone), "add --base_model"),
+        ((*model, "--base_model", sd), "--base_model has no effect"),
+        (("--model", sd, sd), "tell them apart with --names"),
+        (("--model", sd, sd, "--names", "a", "a"), "tell them apart with --names"),
+        (("--model", sd, sd, "--names", "a"), "--names needs 2 names"),
+        (("--model", sd, f"{sd}/"), "tell them apart with --names"),
+        (("--samples", empty), f"--samples {empty} is no folder with images"),
+        (("--samples", tmp_path / "no"), "is no folder with images"),
+        ((*samples, "--lora", lora), "--lora has no effect with --samples"),
+        ((*samples, "--sampler", "rk4"), "--sampler has no effect with --samples"),
+        ((*samples, "--resolution", 64), "--resolution has no effect with --samples"),
+        ((*samples, "--num_inference_steps=3"), "--num_inference_steps has no effect with --samples"),
+        ((*model, "--reference", tmp_path / "no"), "there is no such file or folder"),
+        ((*model, "--reference", tmp_path / "no.npz"), "there is no such file"),
+        ((*model, "--output_dir", file), f"--output_dir {file} is a file: name a folder"),
+        ((*model, "--num_samples", 0), "--num_samples 0 must be at least 1"),
+        ((*model, "--guidance_scale", 2, -1), "--guidance_scale -1.0 must be at least 0"),
+        ((*model, "--guidance_scale", 2, 2), "--guidance_scale has a value twice"),
+        ((*model, "--num_inference_steps", 0), "--num_inference_steps 0 must be at least 1"),
+        ((*model, "--half_samples", 1), "--half_samples 1 must be at least 2"),
+        ((*model, "--feature_extractor", tmp_path / "no"), "--feature_extractor"),
+        ((*model, "--feature_extractor", "resnet"), "neither a folder nor a Hub id"),
+        ((*model, "--clip_model", empty), "--clip_model"),
+    ]
+
+
+CASES = range(32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_flag_is_refused_with_a_remedy(refuse, tiny_sd, photos, tmp_path, case):
+    cases = flag_refusals(tiny_sd, photos, tmp_path)
+    assert len(cases) == len(CASES)
+    flags, sentence = cases[case]
+    message = refuse(*map(str, flags))
+    assert sentence in message and message.rstrip().endswith(".")
+
+
+def test_a_wrong_flag_is_told_before_libraries_are_loaded(words, tmp_path):
+    command = [sys.executable, "-X", "importtime", ROOT / "evaluate_lpl.py", "--model", tmp_path / "no", *words]
+    command = [str(word) for word in (*command, "--output_dir", tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "torch" not in result.stderr
+    assert f"there is no folder {tmp_path / 'no'}" in result.stderr.splitlines()[-1]
+
+
+def refused(output, *words, small=SMALL):
+    """The sentence that ends the run, before any sample is drawn."""
+    reset()
+    args = parse_words([*small, "--output_dir", output, *words])
+    with pytest.raises(UserError) as error:
+        evaluate_lpl.main(args)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith(".") and "Traceback" not in message
+    return message
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    monkeypatch.setattr("sampling.draw_batch", lambda *arguments: pytest.fail("it draws"))
+
+
+def test_too_few_samples_or_images(tiny_sd, words, photos, extractor, tmp_path, nothing_drawn):
+    model = ("--model", tiny_sd, *words)
+    message = refused(tmp_path / "out", *model, "--num_samples", 5)
+    assert "--num_samples" in message and "--k 2" in message and "at least 6" in message
+    message = refused(tmp_path / "out", *model, "--max_reference_samples", 2)
+    assert "--reference" in message and "at least 3" in message
+    three = tmp_path / "three"
+    shutil.copytree(photos, three, ignore=shutil.ignore_patterns("*_000[3-9].png", "metadata.jsonl"))
+    message = refused(tmp_path / "out", "--samples", three, *words, small=("--k", K))
+    assert "--samples are 3" in message and "at least 6" in message
+    evaluate(tmp_path / "enough", "--samples", photos, *words, small=("--k", 4, "--half_samples", HALVES))
+
+
+def test_an_odd_number_of_samples_may_be_just_enough(photos, words, tmp_path):
+    small = ("--k", K, "--half_samples", HALVES, "--num_samples", 7)
+    report = evaluate(tmp_path / "out", "--samples", photos, *words, small=small)
+    assert report["models"][0]["metrics"]["precision"] == 1
+
+
+def test_samples_of_several_sizes_or_numbers(photos, words, tmp_path):
+    small = build_photo_folder(tmp_path / "small", n=10, size=48)
+    mixed = shutil.copytree(photos, tmp_path / "mixed")
+    shutil.copy(small / "photo_0003.png", mixed / "photo_0003.png")
+    message = refused(tmp_path / "out", "--samples", mixed, *words, small=())
+    assert "48 x 48" in message and "72 x 72" in message and "photo_0003.png" in message
+    message = refused(tmp_path / "out", "--samples", photos, small, *words, small=())
+    assert "48 x 48" in message and "72 x 72" in message
+    fewer = build_photo_folder(tmp_path / "fewer", n=9, size=72)
+    message = refused(tmp_path / "out", "--samples", photos, fewer, *words, small=())
+    assert "--num_samples" in message and "9 images" in message
+    message = refused(tmp_path / "out", "--samples", photos, *words, "--num_samples", 11, small=())
+    assert "10 images, fewer than --num_samples 11" in message
+    wide = build_photo_folder(tmp_path / "wide", n=10, size=(72, 64))
+    assert "squares" in refused(tmp_path / "out", "--samples", wide, *words, small=())
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_a_damaged_sample_is_named(photos, words, tmp_path, content):
+    folder = shutil.copytree(photos, tmp_path / "damaged")
+    path = folder / "photo_0004.png"
+    path.write_bytes(path.read_bytes()[:500] if content is None else content)
+    message = refused(tmp_path / "out", "--samples", folder, *words, small=("--k", K))
+    assert str(path) in message and "repair or remove it" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_of_ones_own_is_drawn_again_when_it_was_removed(tiny_sd, words, tmp_path, workers):
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, *words)
+    path = files(tmp_path / "out", "sd")[5]
+    whole = pixels([path])
+    path.write_bytes(path.read_bytes()[:-300])
+    message = refused(tmp_path / "out", "--model", tiny_sd, *words, "--dataloader_num_workers", workers)
+    assert str(path) in message and "remove it, and the same command draws it again" in message
+    path.unlink()
+    close(report, evaluate(tmp_path / "out", "--model", tiny_sd, *words))
+    assert (pixels([path]).int() - whole.int()).abs().max() <= 1
+
+
+def test_features_that_are_not_finite_name_the_image(photos, words, tmp_path, monkeypatch):
+    def networks(name, *arguments):
+        network = load_extractor(name, *arguments)
+
+        class Broken(type(network)):
+            def __call__(self, images):
+                found = super().__call__(images)
+                dark = images.float().mean(dim=(1, 2, 3)) == images.float().mean(dim=(1, 2, 3)).min()
+                return found._replace(features=found.features.masked_fill(dark[:, None], torch.nan))
+
+        network.__class__ = Broken
+        return network
+
+    monkeypatch.setattr(evaluate_lpl, "load_extractor", networks)
+    darkest = min(photos.glob("*.png"), key=lambda path: np.asarray(Image.open(path)).mean())
+    message = refused(tmp_path / "out", "--samples", photos, *words, small=("--k", K, "--batch_size", 10))
+    assert str(darkest) in message and "not finite" in message and "--feature_extractor vit" in message
+
+
+def test_networks_out_of_reach_are_told_before_anything_is_drawn(tiny_sd, photos, words, tmp_path, nothing_drawn):
+    run = ("--model", tiny_sd, "--reference", photos)
+    message = refused(tmp_path / "out", *run, "--feature_extractor", "nobody/nothing")
+    assert "--feature_extractor nobody/nothing can't be loaded" in message
+    message = refused(tmp_path / "out", "--model", tiny_sd, *words, "--clip_model", "nobody/nothing")
+    assert "--clip_model nobody/nothing can't be loaded" in message
+    message = refused(tmp_path / "out", "--model", "nobody/nothing", *words)
+    assert "--model nobody/nothing can't be loaded" in message
+
+
+def test_models_that_do_not_draw_the_same(tiny_sd, tiny_pipeline, class_folders, extractor, tmp_path, nothing_drawn):
+    reference = ("--reference", class_folders, "--feature_extractor", extractor)
+    dit = tiny_pipeline("DiT")
+    message = refused(tmp_path / "out", "--model", dit, tiny_sd, *reference)
+    assert "1000 classes" in message and "captions" in message
+    renamed = shutil.copytree(dit, tmp_path / "renamed")
+    index = json.loads((renamed / "model_index.json").read_text())
+    index["id2label"]["980"] = "hill"
+    (renamed / "model_index.json").write_text(json.dumps(index))
+    message = refused(tmp_path / "out", "--model", dit, renamed, *reference)
+    assert "class 980" in message and "volcano" in message and "hill" in message
+    larger = build_tiny_sd(tmp_path / "larger", sample_size=16)
+    small = [word for i, word in enumerate(SMALL) if "--resolution" not in SMALL[max(0, i - 1) : i + 1]]
+    message = refused(tmp_path / "out", "--model", tiny_sd, larger, *reference, small=small)
+    assert "64 pixels" in message and "128" in message and "--resolution" in message
+
+
+def test_labels_beyond_the_models(tiny_pipeline, photos, extractor, tmp_path, nothing_drawn):
+    folder = shutil.copytree(photos, tmp_path / "labels")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps({"file_name": row["file_name"], "label": 1000 + i}) for i, row in enumerate(rows)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    words = ("--reference", folder, "--feature_extractor", extractor)
+    message = refused(tmp_path / "out", "--model", tiny_pipeline("DiT"), *words)
+    assert "1000" in message and named_flags(message) <= {"--label_column", "--model", "--reference"}
+
+
+def test_a_reference_that_does_not_say_what_to_draw(
+    tiny_sd, photos, extractor, class_folders, tmp_path, nothing_drawn
+):
+    bare = shutil.copytree(photos, tmp_path / "bare", ignore=shutil.ignore_patterns("metadata.jsonl"))
+    np.savez(tmp_path / "images.npz", arr_0=reference_pixels(photos).permute(0, 2, 3, 1).numpy())
+    words = ("--model", tiny_sd, "--feature_extractor", extractor)
+    message = refused(tmp_path / "out", *words, "--reference", tmp_path / "images.npz")
+    assert "images.npz has no captions to draw" in message
+    message = refused(tmp_path / "out", *words, "--reference", bare)
+    assert "caption" in message and "--instance_prompt" in message
+    assert not named_flags(message) & {"--train_data_dir", "--max_train_samples"}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        (None, "can't be read"),
+        ({"mu": np.zeros(3)}, "neither mu and sigma nor images"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, "mu and sigma must be"),
+        ({"arr_0": np.zeros((4, 8, 8), np.uint8)}, "arr_0 must be images"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.float32)}, "arr_0 must be images"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "extractor": "other"}, "statistics of other"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "statistics of inception"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "extractor": "vit"}, "16"),
+    ],
+)
+def test_npz_files_that_can_not_be_used(photos, extractor, tmp_path, arrays, sentence):
+    path = tmp_path / "reference.npz"
+    if arrays is None:
+        path.write_bytes(random.Random(0).randbytes(1000))
+    else:
+        np.savez(path, **arrays)
+    words = ("--reference", path, "--feature_extractor", extractor)
+    message = refused(tmp_path / "out", "--samples", photos, *words, small=("--k", K))
+    assert f"--reference {path}" in message and sentence in message
+
+
+def test_an_npz_of_images_of_another_size(photos, extractor, tiny_pipeline, tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=reference_pixels(photos, 32).permute(0, 2, 3, 1).numpy())
+    words = ("--reference", tmp_path / "images.npz", "--feature_extractor", extractor)
+    for run, small in ((("--samples", photos), ("--k", K)), (("--model", tiny_pipeline("DiT")), SMALL)):
+        message = refused(tmp_path / "out", *run, *words, small=small)
+        assert "images of 32 pixels" in message and "another reference" in message
+
+
+def test_precision_sizes_and_parts_that_a_model_does_not_have(
+    tiny_sd, tiny_pipeline, words, class_folders, extractor, tmp_path, nothing_drawn
+):
+    run = ("--model", tiny_sd, *words)
+    assert "--mixed_precision fp16 needs a GPU" in refused(tmp_path / "out", *run, "--mixed_precision", "fp16")
+    message = refused(tmp_path / "out", *run, "--resolution", 68)
+    assert "--resolution 68 must be a multiple of 8" in message
+    message = refused(tmp_path / "out", *run, "--pretrained_vae_model_name_or_path", tiny_sd / "unet")
+    assert "UNet2DConditionModel" in message
+    classes = ("--model", tiny_pipeline("DiT"), "--reference", class_folders, "--feature_extractor", extractor)
+    message = refused(tmp_path / "out", *classes, "--resolution", 128)
+    assert "--resolution 128" in message and "64 pixels" in message
+    assert "--guidance_rescale" in refused(tmp_path / "out", *classes, "--guidance_rescale", 0.5)
+    assert "--clip_model has no effect" in refused(tmp_path / "out", *classes, "--clip_model", "nobody/nothing")
