@@ -141,7 +141,8 @@ def cache_latents_on_disk(accelerator, stream, encode, vae, folder, num_workers=
     share = [(index, flip) for index in my_share(accelerator, readable.tolist()) for flip in flips]
     missing = cache.missing([latents.key(*which) for which in share])
     todo = my_share(accelerator, gathered(accelerator, [share[i] for i in missing]))
-    views = DataLoader(_Views(stream, todo), batch_size=None, num_workers=num_workers)
+    generator = torch.Generator()  # else the loader would draw from, and so move, the global one
+    views = DataLoader(_Views(stream, todo), batch_size=None, num_workers=num_workers, generator=generator)
     written = []
     for (index, flip), view in zip(todo, progress(accelerator, views, "Caching latents", len(todo))):
         if "error" in view:

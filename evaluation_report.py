@@ -116,8 +116,8 @@ def introduction(report):
         words += f", against {settings['reference']}"
     if settings.get("num_reference_samples"):
         words += f" ({settings['num_reference_samples']:,} images)"
-    same = " All models drew with the same noise and the same prompts, sample by sample."
-    return f"{words}.{same * (len(report['models']) > 1)}"
+    same = " All models drew from the same seeds and prompts, sample by sample."
+    return f"{words}.{same * (len(report['models']) > 1 and all(map(drawn_here, report['models'])))}"
 
 
 def flat(settings, prefix=""):
@@ -210,6 +210,11 @@ class Setting(NamedTuple):
 def label_of(model):
     """A model's name without the sweep."""
     return model.get("model") or model["name"]
+
+
+def drawn_here(model):
+    """Whether the evaluation drew the samples itself, so that those of one number are pairs for sure."""
+    return model.get("num_inference_steps") is not None
 
 
 def setting_of(model):
@@ -608,7 +613,10 @@ def draw_errors(view, models, axis):
 
 def spectrum_lines(view, models):
     """list of (label, spectrum, look) of the reconstructions and the models."""
-    floor = view.reconstructions.get("spectrum") or {}
+    floor, reference = (part.get("spectrum") or {} for part in (view.reconstructions, view.reference))
+    if floor and reference:
+        error = missing_as_nan(floor["log_power"]) - missing_as_nan(reference["log_power"])
+        floor = {"error": error, **floor}
     lines = [("VAE's reconstructions", floor, {"color": "gray", "linestyle": "--"})]
     return lines + [(label_of(m), m["spectrum"], {"color": view.colors[label_of(m)]}) for m in models]
 
@@ -616,7 +624,7 @@ def spectrum_lines(view, models):
 def draw_spectra(axis, lines, name):
     labels, drawn = [], []
     for label, spectrum, look in lines:
-        if spectrum.get(name):
+        if name in spectrum:
             drawn += axis.plot(spectrum["frequency"], missing_as_nan(spectrum[name]), linewidth=1.3, **look)
             labels += [label]
     axis.legend(drawn, labels, fontsize=8, frameon=False)
@@ -675,8 +683,11 @@ def pairs(view, folder):
     replace_file(folder / PAIRS, png(contact_sheet(samples, list(at))))
     text = f"The first {len(samples)} samples, not chosen" if len(samples) > 1 else "The first sample, not chosen"
     if len(at) > 1:
-        text += ", with the same noise and prompt in each model. The frame, enlarged beside or below its picture, is "
-        text += "where the models differ most; it is at the same place in all of them"
+        text += ", with the same seed and prompt in each model" * all(map(drawn_here, at.values()))
+        text += (
+            ". The frame, enlarged beside or below its picture, is where the models differ most; it is at the same "
+        )
+        text += "place in all of them"
     heading = Heading(2, "Samples" + f" at {view.main}" * view.swept)
     return [heading, Text(f"{text}.", "small"), Samples(samples, list(at))]
 

@@ -246,15 +246,15 @@ def main(args):
                 step_ema(ema, weights)
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
+        if held_out is not None and held_out.is_due(global_step) and not wishes[0]:
+            step = partial(training_step, args, family, model, step_lpl)
+            log.write(global_step, held_out(step, weights, ema))
         if checkpoints.is_due(global_step, wishes):
             checkpoints.save(global_step, position, lpl)
         if checkpoints.is_over(global_step, wishes):
             return
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, weights, ema, global_step)
-        if held_out is not None and held_out.is_due(global_step):
-            step = partial(training_step, args, family, model, step_lpl)
-            log.write(global_step, held_out(step, weights, ema))
 
     finish(accelerator, args, family, checkpoints, {"Latent Perceptual Loss": describe_lpl(args, family, lpl)})
 

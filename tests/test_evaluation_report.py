@@ -96,7 +96,7 @@ def make_report(settings=((50, 2.0),), spectra=False):
             "metrics": {"sharpness": 700.0},
             "reconstructions": {
                 "metrics": {"frechet_distance": 41.25},
-                "spectrum": spectrum(-0.2) if spectra else None,
+                "spectrum": {"frequency": FREQUENCY, "log_power": [-5.2 * f for f in FREQUENCY]} if spectra else None,
             },
         },
         "differences": [{"models": [a["name"], b["name"]], "metrics": differences} for a, b in pairs],
@@ -360,10 +360,24 @@ def test_one_model_has_no_pairs(tmp_path):
     report["models"], report["differences"] = report["models"][1:], []
     save_samples(tmp_path, "lpl", noise(2), ["a cat"])
     page = written(report, tmp_path)
-    assert "Evaluation of lpl" in page.text and "better than" not in page.text and "same noise" not in page.text
+    assert "Evaluation of lpl" in page.text and "better than" not in page.text and "same seed" not in page.text
     assert page.table("VAE's reconstructions (floor)")[1][1] == "280 (268 to 292)"
     assert len(page.images("whole")) == 2 and not page.images("detail") and "a cat" in page.text
     assert Image.open(tmp_path / "pairs.png").width == report_blocks.CELL
+
+
+def test_only_samples_drawn_here_are_said_to_be_pairs(tmp_path):
+    report = make_report()
+    for label in ("base", "lpl"):
+        save_samples(tmp_path, label, noise(1))
+    text = written(report, tmp_path).text
+    assert "same seeds and prompts" in text and "same seed and prompt in each model" in text
+    del report["models"][1]["num_inference_steps"]
+    report["differences"] = []
+    assert "same seeds and prompts" not in written(report, tmp_path).text
+    del report["models"][0]["num_inference_steps"]
+    text = written(report, tmp_path).text
+    assert "where the models differ most" in text and "same seed" not in text
 
 
 def test_the_least_that_a_report_has(tmp_path):
@@ -516,9 +530,9 @@ def test_the_spectra_are_those_of_the_dict():
     report = make_report(spectra=True)
     axis = Figure().subplots()
     draw_errors(View(report), report["models"], axis)
-    drawn = {tuple(line.get_ydata()) for line in axis.get_lines()}
-    for entry in [*report["models"], report["reference"]["reconstructions"]]:
-        assert tuple(entry["spectrum"]["error"]) in drawn
+    floor, *drawn = [list(line.get_ydata()) for line in axis.get_lines()]
+    assert drawn[:2] == [entry["spectrum"]["error"] for entry in report["models"]]
+    assert floor == pytest.approx([-0.2 * frequency for frequency in FREQUENCY])
     band = axis.collections[1].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (min(spectrum(-1.0)["low"]), max(spectrum(-1.0)["high"]))
     assert {line.get_xdata()[0] for line in axis.get_lines()} >= {75 / 256, 150 / 256}
