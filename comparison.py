@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 from argparse import Namespace
 from functools import partial
 from importlib.metadata import version
@@ -134,7 +135,8 @@ def open_folders(args):
     if height != width:
         raise UserError(f"--samples {args.samples[0]}: images of {width} x {height} pixels; they must be squares.")
     args.resolution = height
-    return [SampleSet(name, name, images) for name, images in zip(args.names, folders)]
+    facts = [{"samples": os.path.relpath(folder, args.output_dir)} for folder in args.samples]
+    return [SampleSet(name, name, images, facts=f) for name, images, f in zip(args.names, folders, facts)]
 
 
 def check_counts(args, count, reference):
@@ -311,7 +313,7 @@ def notes(args, sets, real, floors, extractors):
         dim = len(moments.mean) if moments else 0
         if count <= dim:
             said.append(
-                f"{count} samples are fewer than the {dim} features of {extractor.name}: its Frechet distances are "
+                f"{count} samples are fewer than the {dim} features of {extractor.name}: its Fréchet distances are "
                 "far too high; compare them with each other alone, and look at the kernel distances."
             )
     if len(floors) > 1:

@@ -451,7 +451,7 @@ def needed(line):
     """A metric's name, and if it is undecided how many samples it would take."""
     if line.verdict != UNDECIDED or not line.samples_needed:
         return line.metric.title
-    return f"{line.metric.title} (about {rounded(line.samples_needed)} samples would tell)"
+    return f"{line.metric.title} ({rounded(line.samples_needed)} samples would tell)"
 
 
 # Tables
@@ -624,7 +624,7 @@ def spectrum_lines(view, models):
 def draw_spectra(axis, lines, name):
     labels, drawn = [], []
     for label, spectrum, look in lines:
-        if name in spectrum:
+        if spectrum.get(name) is not None:
             drawn += axis.plot(spectrum["frequency"], missing_as_nan(spectrum[name]), linewidth=1.3, **look)
             labels += [label]
     axis.legend(drawn, labels, fontsize=8, frameon=False)
@@ -676,7 +676,8 @@ def save_figure(figure, path):
 
 def pairs(view, folder):
     """The first samples of each model side by side, with a detail of each."""
-    at = {label: model for label, model in view.at(view.main).items() if model.get("samples")}
+    at = {label: model for label, model in view.at(view.main).items() if "samples" in model}
+    at = {label: model for label, model in at.items() if (folder / model["samples"]).is_dir()}
     samples = first_samples([folder / model["samples"] for model in at.values()])
     if not samples:
         return []

@@ -5,10 +5,13 @@ import html
 import io
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from images import images_in
 
 
 PAIRS = "pairs.png"
@@ -168,14 +171,12 @@ class Sample(NamedTuple):
 
 
 def first_samples(folders):
-    """list of Sample: those with the smallest indices that all folders have."""
-    files = [{path.name.split("_")[0]: path for path in sorted(folder.glob("*.png"))} for folder in folders]
-    shared = sorted(set.intersection(*(set(found) for found in files)) if files else [])
+    """list of Sample: the first ones, paired in the order of their names, as they are measured."""
     samples = []
-    for index in shared[:NUM_SAMPLES]:
-        images, captions = zip(*(read_sample(found[index]) for found in files))
-        seed = re.search(r"seed(\d+)", files[0][index].name)
-        title = f"Sample {int(index) if index.isdigit() else index}" + (f", seed {seed[1]}" if seed else "")
+    for index, paths in enumerate(islice(zip(*map(images_in, folders)), NUM_SAMPLES)):
+        images, captions = zip(*map(read_sample, paths))
+        seed = re.search(r"_seed(\d+)", paths[0].name)
+        title = f"Sample {index}, " + (f"seed {seed[1]}" if seed else paths[0].name)
         samples += [Sample(title, next(filter(None, captions), ""), list(images), detail_window(images))]
     return samples
 

@@ -1,4 +1,4 @@
-"""Train the small network on whose features the demo's models can be compared, with evaluate_lpl.py, without a download.
+"""Train the small network on whose features evaluate_lpl.py can compare the demo's models without a download.
 
     python demo/prepare_photos.py
     python demo/make_demo_features.py --output_dir demo/features

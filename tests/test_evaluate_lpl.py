@@ -43,11 +43,19 @@ def parse_words(words):
     return evaluate_lpl.parse_args([str(word) for word in words])
 
 
-def evaluate(output, *words, small=SMALL):
-    """Runs the script in this process and returns its report."""
+def evaluate(output, *words, small=SMALL, pages=False):
+    """Runs the script in this process and returns its report; without `pages` that of numbers alone is written."""
     reset()
-    evaluate_lpl.main(parse_words([*small, "--output_dir", output, *words]))
+    with pytest.MonkeyPatch.context() as patch:
+        if not pages:
+            patch.setattr(evaluate_lpl, "write_report", write_numbers)
+        evaluate_lpl.main(parse_words([*small, "--output_dir", output, *words]))
     return json.loads((output / "report.json").read_text())
+
+
+def write_numbers(report, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,8 @@ def compared(tiny_sd, other, photos, extractor, clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     second = save(folder / "resnet", tiny("ResNetModel"))
     words = ("--model", tiny_sd, other, "--names", "before", "after", "--reference", photos, "--clip_model", clip)
-    return folder / "out", evaluate(folder / "out", *words, "--feature_extractor", extractor, second)
+    words = (*words, "--feature_extractor", extractor, second)
+    return folder / "out", evaluate(folder / "out", *words, pages=True)
 
 
 def files(output, name):
@@ -147,15 +156,24 @@ def by_hand(samples, reference, reconstructions, extractors, subsets, captions=N
     return found
 
 
-def test_the_scores_are_those_of_the_pngs_and_the_centre_crops(compared, photos, extractor, clip):
+def reconstructions(output, model, reference):
+    """What a model's VAE makes of the reference, by hand, and the PNGs of the run that are nearest to it."""
+    vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
+    with torch.no_grad():
+        latents = vae.encode(reference / 127.5 - 1).latent_dist.mode()
+        expected = (vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
+    found = [pixels(sorted(path.glob("*.png"))) for path in (output / "reconstructions").iterdir()]
+    return expected, min(found, key=lambda images: (images - expected).abs().max())
+
+
+def test_the_scores_are_those_of_the_pngs_and_the_centre_crops(compared, tiny_sd, other, photos, extractor, clip):
     output, report = compared
     reference = reference_pixels(photos)
-    rebuilt = pixels(sorted(next((output / "reconstructions").iterdir()).glob("*.png")))
     subsets = metrics.half_samples(SAMPLES, HALVES, 0)
     extractors = (extractor, str(output.parent / "resnet"))
     found = {}
-    for name in ("before", "after"):
-        paths = files(output, name)
+    for name, model in (("before", tiny_sd), ("after", other)):
+        paths, rebuilt = files(output, name), reconstructions(output, model, reference)[1]
         assert len(paths) == SAMPLES
         captions = [text["prompt"] for text in texts(paths)]
         values = by_hand(pixels(paths), reference, rebuilt, extractors, subsets, captions, clip)
@@ -189,14 +207,10 @@ def test_spectra_are_drawn_for_each_ring(compared, photos):
 def test_reconstructions_are_the_vaes_mean_decoded_and_scored_like_a_model(compared, tiny_sd, other, photos):
     output, report = compared
     reference = reference_pixels(photos)
-    for folder, model in ((tiny_sd, "before"), (other, "after")):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
-        with torch.no_grad():
-            latents = vae.encode(reference / 127.5 - 1).latent_dist.mode()
-            expected = (vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
-        found = [pixels(sorted(path.glob("*.png"))) for path in (output / "reconstructions").iterdir()]
-        off = [(images - expected).abs().max() for images in found]
-        assert len(found) == 2 and min(off) <= 1.01 < max(off), "each model has those of its own VAE"
+    expected, found = zip(*(reconstructions(output, model, reference) for model in (tiny_sd, other)))
+    for ours, theirs in zip(expected, found):
+        assert (ours - theirs).abs().max() <= 1.01
+    assert not torch.equal(*found), "each model has those of its own VAE"
     floor = report["reference"]["reconstructions"]["metrics"]
     assert floor["frechet_distance"] > 0 and not any("reconstructed" in name for name in floor)
     assert any("different VAEs" in note for note in report["notes"])
@@ -388,12 +402,12 @@ def begun(tiny_sd, words, tmp_path_factory):
         ("--sampler rk4", "sampler"),
         ("--seed 1", "seed"),
         ("--resolution 32", "resolution"),
-        ("--mixed_precision bf16", "precision"),
+        ("--mixed_precision bf16", "precision|weights"),
         ("--instance_prompt thing", None),  # all photos have captions of their own
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(begun, tiny_sd, words, changed, what):
-    before = state(begun.rglob("*.png"))
+    before = state(begun.glob("*/*/*.png"))
     run = ("--model", tiny_sd, *words, "--names", "a", *changed.split())
     if what is None:
         evaluate(begun, *run)
@@ -404,7 +418,7 @@ def test_other_settings_in_the_same_folder_are_refused(begun, tiny_sd, words, ch
 
 
 def test_another_model_or_reference_in_the_same_folder_is_refused(begun, tiny_sd, other, words, photos, tmp_path):
-    before = state(begun.rglob("*.png"))
+    before = state(begun.glob("*/*/*.png"))
     with pytest.raises(UserError, match="choose another --output_dir"):
         evaluate(begun, "--model", other, *words, "--names", "a")
     fewer = ("--max_reference_samples", 6)
@@ -441,7 +455,7 @@ def test_a_run_that_was_killed_goes_on_and_finds_the_same(tiny_sd, words, tmp_pa
 
 def test_sweeps_over_steps_and_guidance(tiny_sd, other, words, tmp_path):
     sweep = ("--num_inference_steps", 1, 2, "--guidance_scale", 1, 2.5)
-    report = evaluate(tmp_path / "out", "--model", tiny_sd, other, *words, *sweep)
+    report = evaluate(tmp_path / "out", "--model", tiny_sd, other, *words, *sweep, pages=True)
     settings = [(steps, scale) for steps in (1, 2) for scale in (1, 2.5)]
     expected = {
         f"{model}, {steps} steps, guidance {scale}": (model, steps, scale)
@@ -481,7 +495,9 @@ def test_folders_of_samples_have_the_scores_of_the_models_that_drew_them(compare
     ours, theirs = report["differences"][0], drawn["differences"][0]
     assert ours["models"] == theirs["models"]
     for metric, entry in ours["metrics"].items():
-        assert entry == pytest.approx(theirs["metrics"][metric], rel=1e-6, abs=1e-9)
+        expected = theirs["metrics"][metric]
+        assert entry["difference"] == pytest.approx(expected["difference"], rel=1e-6, abs=1e-9)
+        assert entry["interval"] == pytest.approx(expected["interval"], rel=1e-6, abs=1e-9)
     assert report["reference"]["reconstructions"] is None
     assert "taken from the order of their names" in " ".join(report["notes"])
 

@@ -415,15 +415,14 @@ def test_before_lpl_begins_there_is_none(train):
     assert after["eval_lpl"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("term, weight", [("l2", 0.01), ("lpl", 30)])
-def test_a_loss_falls_on_images_that_are_learned(train, tmp_path, term, weight):
+def test_the_loss_falls_on_images_that_are_learned(train, tmp_path):
     folder = build_photo_folder(tmp_path / "mine", n=4, size=64, seed=1)
-    flags = ("--lpl_sigma_threshold", 80, "--lpl_weight", weight, "--eval_data_dir", folder)
+    flags = ("--lpl_weight", 0, "--eval_data_dir", folder)
     data = {"data": ("--train_data_dir", folder)}
     (first,) = evaluations(train(*flags, "--eval_steps", 1, "--learning_rate", 0, steps=1, name="first", **data))
-    (last,) = evaluations(train(*flags, "--eval_steps", 80, "--learning_rate", 5e-3, steps=80, name="last", **data))
-    assert last[f"eval_{term}"] < 0.85 * first[f"eval_{term}"]
+    (last,) = evaluations(train(*flags, "--eval_steps", 30, "--learning_rate", 5e-3, steps=30, name="last", **data))
+    assert last["eval_l2"] < 0.8 * first["eval_l2"] and set(first) == set(last)
+    assert not [name for name in last if "lpl" in name]
 
 
 # The distances
@@ -472,7 +471,7 @@ def test_class_labels_are_drawn(train_dit, tiny_pipeline, class_folders, drawing
 
 
 def test_a_resumed_run_has_the_uninterrupted_ones_evaluations(train, drawings):
-    flags = (*LPL, *THIRD, *drawings, "--learning_rate", 1e-3, "--use_ema", "--ema_decay", 0.5)
+    flags = (*LPL, *THIRD, *drawings, "--eval_samples", 2, "--learning_rate", 1e-3, "--use_ema", "--ema_decay", 0.5)
     flags += ("--checkpointing_steps", 3)
     whole = train(*flags, steps=6, name="whole")
     train(*flags, steps=5, name="parts")  # it was at 4, too, which the resumed run is again
@@ -490,7 +489,7 @@ def test_evaluating_may_change_when_a_run_goes_on(train, caplog):
 
 
 def test_a_signal_ends_the_drawings_and_the_run_goes_on_where_it_was(train, drawings, monkeypatch):
-    flags = (*LPL, *THIRD, *drawings, "--learning_rate", 1e-3, "--checkpointing_steps", 100)
+    flags = (*LPL, *THIRD, *drawings, "--eval_samples", 3, "--learning_rate", 1e-3, "--checkpointing_steps", 100)
     whole = train(*flags, name="whole")
     drawn, draw = [], StableDiffusionPipeline.__call__
 
