@@ -64,6 +64,16 @@ class Reference:
         captions = (caption_of(self.stream.samples, int(order[i % len(order)])) for i in range(count))
         return [int(c) if num_classes is not None else draw_text(c, rng) for c in captions]
 
+    def check(self, extractors):
+        """Raises UserError if statistics that came with the images are of other features than these networks'."""
+        for extractor in extractors:
+            given, dim = self.moments.get(extractor.name), extractor.settings["dim"]
+            if given is not None and len(given.mean) != dim:
+                raise UserError(
+                    f"--reference: its statistics are of {len(given.mean)} features, and {extractor.name} gives "
+                    f"{dim}: name the network that they are from with --feature_extractor."
+                )
+
     def prompts_hash(self):
         """What decides on the prompts besides the seed; not how many of them are drawn."""
         captions = (
@@ -176,13 +186,13 @@ def draw_set(accelerator, args, model, pipe, facts, setting, prompts):
     name = ", ".join(words)
     folder = Path(args.output_dir, "samples", name.replace(", ", "_").replace(" ", "-"))
     settings = {
+        "precision": accelerator.mixed_precision,
         **facts,
         "num_inference_steps": steps,
         "guidance_scale": scale,
         "guidance_rescale": args.guidance_rescale,
         "resolution": args.resolution,
         "seed": args.seed,
-        "precision": accelerator.mixed_precision,
     }
     draw_samples(accelerator, pipe, model.family, prompts, folder, settings, args)
     paths = [folder / sample_name(i, args.seed) for i in range(len(prompts))]

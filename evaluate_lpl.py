@@ -254,6 +254,7 @@ def main(args):
     prompts = reference.prompts(args, models) if models else None
     check_counts(args, len(prompts or sets[0].images), reference)
     extractors = [load_extractor(name, "cpu", args.cache_dir) for name in args.feature_extractor]
+    reference.check(extractors)
     clip = ClipScorer(args.clip_model, "cpu", args.cache_dir) if wants_clip(args, models) else None
 
     # The samples, paired; and what the models' VAE makes of the real images, which is as good as they can get.

@@ -235,7 +235,7 @@ def score(measured, reference, reconstructions, subsets, extractors, k=5, device
             if name in measured.logits:
                 scores["inception_score"] = metrics.inception_scores(measured.logits[name], subsets)
     except ValueError as error:
-        raise UserError(f"{error} Draw more with --num_samples, or lower --k.") from error
+        raise UserError(f"{error} Give more images, or lower --k.") from error
     if measured.clip is not None:
         scores["clip_score"] = metrics.mean_values(measured.clip, subsets)
     for kind, others in (("", reference), ("_reconstructed", reconstructions)):
@@ -291,7 +291,7 @@ def read_statistics(path, extractors):
     try:
         with np.load(path) as file:
             values = {name: file[name] for name in ("mu", "sigma", "arr_0", "extractor", "count") if name in file}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:  # np.load may give an array
         raise UserError(f"--reference {path} can't be read as statistics or images ({reason(error)}).") from error
     images = ArrayImages(values["arr_0"], path) if "arr_0" in values else None
     if images is not None and (images.array.ndim != 4 or images.array.dtype != np.uint8 or images.array.shape[3] != 3):

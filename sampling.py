@@ -255,7 +255,7 @@ def sample_name(index, seed):
 def save_sample(image, folder, index, seed, prompt, settings):
     """A PNG that says how it was made."""
     info = PngImagePlugin.PngInfo()
-    for name, value in {"prompt": prompt, "seed": seed + index, **settings}.items():
+    for name, value in {**settings, "prompt": prompt, "seed": seed + index}.items():
         info.add_itxt(name, str(value))
     save_png(image, Path(folder, sample_name(index, seed)), info)
 

@@ -409,6 +409,17 @@ def test_images_of_the_class_do_not_count(train, still, drawings, tmp_path):
     assert_same_numbers(evaluations(output), evaluations(still)[:1])
 
 
+def test_the_levels_are_quantiles_of_those_that_are_trained(train):
+    """Three quarters of the draws are among the lower half of the timesteps."""
+    flags = ("--timestep_bias_strategy", "range", "--timestep_bias_end", 500, "--timestep_bias_multiplier", 3)
+    (row,) = evaluations(train("--lpl_weight", 0, *flags, "--eval_steps", 1, steps=1))
+    scheduled = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    for timestep in (0.1 / 0.75 * 500, 0.5 / 0.75 * 500, 0.7 / 0.75 * 500):
+        abar = scheduled[int(timestep)].double()
+        assert f"eval_l2_at_{((1 - abar) / abar).sqrt().item():.3g}" in row
+    assert len(row) == 2 + len(LEVELS)
+
+
 def test_before_lpl_begins_there_is_none(train):
     before, after = evaluations(train(*LPL, *THIRD, "--lpl_start_step", 2))
     assert "eval_l2" in before and not [name for name in before if "lpl" in name]
@@ -480,12 +491,13 @@ def test_a_resumed_run_has_the_uninterrupted_ones_evaluations(train, drawings):
     assert_same_weights(weights(parts), weights(whole))
 
 
-def test_evaluating_may_change_when_a_run_goes_on(train, caplog):
+def test_evaluating_may_change_when_a_run_goes_on(train, capsys):
+    """What was found at the checkpoint's step is in the log that the checkpoint keeps."""
     train("--lpl_weight", 0, *THIRD, "--checkpointing_steps", 2, steps=2)
     flags = ("--eval_steps", 3, "--eval_share", 0.3, "--resume_from_checkpoint", "latest")
     output = train("--lpl_weight", 0, *flags)
     assert [row["step"] for row in evaluations(output)] == [2, 3]
-    assert "--eval" not in caplog.text
+    assert "Unlike the run to resume" in (said := capsys.readouterr().out) and "--eval" not in said
 
 
 def test_a_signal_ends_the_drawings_and_the_run_goes_on_where_it_was(train, drawings, monkeypatch):
@@ -602,7 +614,7 @@ def test_classes_held_out_have_the_numbers_that_they_have_in_training(tiny_pipel
 def test_a_dry_run_takes_the_flags_and_loads_no_extractor(train, capsys):
     """A Hub id that is in no cache: with the Hub out of reach, to load it would fail."""
     output = train(*THIRD, "--eval_samples", 4, "--eval_feature_extractor", "nobody/nothing", "--dry_run")
-    assert "--eval_samples" in capsys.readouterr().out or not output.exists()
+    assert "Nothing was trained or written." in capsys.readouterr().out and not output.exists()
 
 
 # Mistakes
