@@ -292,7 +292,7 @@ def test_clip_scores_are_means(sets, subsets):
 
 def test_too_few_samples_are_a_mistake_of_the_users(sets):
     ours, theirs, _ = sets
-    with pytest.raises(UserError, match=r"there are 40. Draw more with --num_samples, or lower --k.") as error:
+    with pytest.raises(UserError, match=r"there are 40. Give more images, or lower --k.") as error:
         score(ours, theirs, None, metrics.half_samples(40, 2, seed=0), ["means"], k=30)
     assert "\n" not in str(error.value)
 

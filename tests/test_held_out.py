@@ -344,6 +344,7 @@ def test_the_losses_of_a_transformer_are_those_by_hand(
     """Flow matching and class labels, one image at a time, with the family's own ways to predict."""
     data, model = ("--train_data_dir", class_folders if family == "DiT" else photos), tiny_pipeline(family)
     words = (*STILL, "--eval_steps", 3, "--eval_share", 0.4)
+    words += ("--weighting_scheme", "none") if family == "StableDiffusion3" else ()  # as often, one as the other
     (row,) = evaluations(train_dit(*words, model=model, data=data))
     args = args_of(train_lpl_dit, model, data, tmp_path / "other", *words)
     expected = transformer_losses_by_hand(args)
@@ -417,6 +418,16 @@ def test_the_levels_are_quantiles_of_those_that_are_trained(train):
     for timestep in (0.1 / 0.75 * 500, 0.5 / 0.75 * 500, 0.7 / 0.75 * 500):
         abar = scheduled[int(timestep)].double()
         assert f"eval_l2_at_{((1 - abar) / abar).sqrt().item():.3g}" in row
+    assert len(row) == 2 + len(LEVELS)
+
+
+def test_the_levels_of_flow_matching_are_quantiles_of_the_logit_normal(train_dit, tiny_pipeline):
+    flags = ("--lpl_weight", 0, "--eval_steps", 1)
+    (row,) = evaluations(train_dit(*flags, model=tiny_pipeline("StableDiffusion3"), steps=1))
+    for level in (0.1, 0.3, 0.7, 0.9):
+        sigma = torch.special.ndtri(torch.tensor(level)).sigmoid().item()
+        sigma = math.ceil(1000 * sigma) / 1000  # of a thousand levels
+        assert f"eval_l2_at_{3 * sigma / (1 - sigma):.3g}" in row  # shifted by 3, as its scheduler does
     assert len(row) == 2 + len(LEVELS)
 
 
