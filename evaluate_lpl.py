@@ -142,6 +142,10 @@ def check_models(args):
     for lora in filter(None, loras):
         if is_folder_name(lora) and not list(Path(lora).glob("*.safetensors")):
             raise UserError(f"--lora {lora} holds no LoRA (*.safetensors): name the --output_dir of a LoRA training.")
+    for name in (lora or model for model, lora in zip(models, loras)):
+        there = any(path for pattern in ("*non_ema*", "*/*non_ema*") for path in Path(name).glob(pattern))
+        if args.weights == "raw" and is_folder_name(name) and not there:
+            raise UserError(f"--weights raw: {name} holds no weights beside the average: train with --save_non_ema.")
     args.entries = []
     for model, lora in zip(models, loras):
         alone = is_folder_name(model) and not Path(model, "model_index.json").exists()
