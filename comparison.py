@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 import metrics
-from arguments import UserError, as_flags
+from arguments import UserError, as_flags, check_unused
 from captions import draw_text
 from data_sources import caption_of, files_identity
 from data_utils import open_samples
@@ -35,7 +36,7 @@ class Reference:
     """The real images, and what is to be drawn: their captions or labels."""
 
     def __init__(self, args, models):
-        self.moments, self.images, self.stream = {}, None, None
+        self.name, self.moments, self.images, self.stream = args.reference, {}, None, None
         if args.reference_kind == "npz":
             short = [short_name(name) for name in args.feature_extractor]
             self.moments, self.images = read_statistics(args.reference, short)
@@ -70,8 +71,8 @@ class Reference:
             given, dim = self.moments.get(extractor.name), extractor.settings["dim"]
             if given is not None and len(given.mean) != dim:
                 raise UserError(
-                    f"--reference: its statistics are of {len(given.mean)} features, and {extractor.name} gives "
-                    f"{dim}: name the network that they are from with --feature_extractor."
+                    f"--reference {self.name}: its statistics are of {len(given.mean)} features, and {extractor.name} "
+                    f"gives {dim}: name the network that they are from with --feature_extractor."
                 )
 
     def prompts_hash(self):
@@ -89,6 +90,11 @@ class Reference:
 
 def open_stream(args, models):
     """The reference as the training scripts read their data; images to compare --samples with need no captions."""
+    labels = bool(models) and models[0].num_classes is not None
+    if labels or args.samples:
+        check_unused(args, ["--caption_column", "--instance_prompt"], "classes" if labels else "--samples")
+    if not labels:
+        check_unused(args, ["--label_column"], "captions" if models else "--samples")
     source = {"train_data_dir": None, "dataset_name": None, "train_shards": None}
     source[args.reference_kind] = [args.reference] if args.reference_kind == "train_shards" else args.reference
     kept = "image_column caption_column label_column dataset_config_name cache_dir max_bad_images seed resolution"
@@ -101,7 +107,7 @@ def open_stream(args, models):
             dataset_split=args.reference_split,
             num_classes=models[0].num_classes if models else None,
             id2label=dict(models[0].id2label) if models else {},
-            instance_prompt="" if args.samples and args.instance_prompt is None else args.instance_prompt,
+            instance_prompt="" if args.samples else args.instance_prompt,
             max_train_samples=args.max_reference_samples,
             center_crop=True,
             random_flip=False,
@@ -165,13 +171,23 @@ def check_counts(args, count, reference):
 
 def wants_clip(args, models):
     """Whether there is to be a CLIPScore: for models that read text. Sets the default of --clip_model."""
-    if not models or models[0].num_classes is not None:
-        if args.clip_model:
-            raise UserError("--clip_model has no effect without captions: leave it out.")
+    if models and models[0].num_classes is not None:
+        check_unused(args, ["--clip_model"], "classes")
         return False
-    if args.clip_model is None and "--feature_extractor" not in args.given_flags:
+    if models and args.clip_model is None and "--feature_extractor" not in args.given_flags:
         args.clip_model = CLIP
     return args.clip_model is not None
+
+
+def prompts_in(images):
+    """What PNGs say that they were drawn for, as those of this program do. Raises UserError."""
+    prompts = []
+    for path in images.paths:
+        with Image.open(path) as image:
+            prompts.append(image.info.get("prompt"))
+        if prompts[-1] is None:
+            raise UserError(f"--clip_model: {path} has no text `prompt` as samples drawn here have: leave it out.")
+    return prompts
 
 
 def draw_set(accelerator, args, model, pipe, facts, setting, prompts):

@@ -105,6 +105,8 @@ def check(args):
             for value in values:
                 if value is not None and value < least:
                     raise UserError(f"--{name} {value} must be at least {least}.")
+    if args.seed >= 2**62:
+        raise UserError(f"--seed {args.seed} is too large: give one below {2**62}.")
     if args.half_samples < 2:
         raise UserError(f"--half_samples {args.half_samples} must be at least 2, which an interval needs.")
     if bool(args.model) == bool(args.samples):
@@ -126,6 +128,8 @@ def check(args):
     check_reference(args)
     check_scores(args)
     output = Path(args.output_dir)
+    if Path(args.reference).is_dir() and output.resolve().is_relative_to(Path(args.reference).resolve()):
+        raise UserError(f"--output_dir {output} lies in --reference, whose images it would add to: choose another.")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
 
@@ -231,6 +235,7 @@ from comparison import (
     draw_set,
     make_report,
     open_folders,
+    prompts_in,
     reconstruct_reference,
     wants_clip,
 )
@@ -282,7 +287,10 @@ def main(args):
         network.to(accelerator.device)
     see = partial(measure, accelerator, extractors=extractors, batch_size=args.batch_size)
     see = partial(see, workers=args.dataloader_num_workers)
-    seen = {s.name: see(s.images, clip=clip, captions=prompts, title=f"Measuring {s.name}") for s in sets}
+    seen = {}
+    for s in sets:
+        captions = prompts or (prompts_in(s.images) if clip else None)
+        seen[s.name] = see(s.images, clip=clip, captions=captions, title=f"Measuring {s.name}")
     real = see(reference.images, title="Measuring the reference") if reference.images else Measured()
     floors = {name: see(images, title="Measuring reconstructions") for name, images in rebuilt.items()}
     accelerator.state.destroy_process_group()

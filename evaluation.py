@@ -276,7 +276,7 @@ def with_infix(name, suffix, infix="_reconstructed"):
 
 def log_power(measured):
     """`[R]` in nats, of the whole set."""
-    return measured.power.mean(dim=0).log()
+    return metrics.log_of_power(measured.power.mean(dim=0))
 
 
 # Statistics in ADM's format

@@ -108,9 +108,9 @@ class Network:
 class TransformersExtractor(Network):
     """A vision model of transformers: uint8 images `[B, 3, H, W]` -> `Features`.
 
-    Images are resized and normalised as the checkpoint says, but square ones whole: where it would cut off a border,
-    they become as large as the cut instead, which for DINOv2 is what Stein et al. (2023) do. The features are the
-    first of these that the checkpoint has weights for: what the model itself makes of an image (DINOv2: the normalised
+    Images are resized and normalised as the checkpoint says, but for `dinov2`, which sees them whole, as with Stein et
+    al. (2023): its checkpoint would cut off a border. The features are the first of these that the checkpoint has
+    weights for: what the model itself makes of an image (DINOv2: the normalised
     class token, CLIP: the embedding), the class token, the mean of the last hidden states.
     """
 
@@ -121,14 +121,14 @@ class TransformersExtractor(Network):
         self.processor = _load_processor(source, FLAG, cache_dir)
         preprocessing = PREPROCESSING if self.processor else f"that of ImageNet, for want of a {PREPROCESSING}"
         self.processor = self.processor or _default_processor(self.model.config)
-        self.resizing = _whole_image(self.processor)
+        self.resizing = WHOLE if name == "dinov2" else {}
         self.kind, dim, size = self._probe(source, missing)
         self.settings = {
             "name": self.name,
             "model": public_name(source),
             "dim": dim,
             "features": self.kind,
-            **_describe(self.processor, size),
+            **_describe(self.processor, size, self.resizing),
             "preprocessing": preprocessing,
             "weights_hash": _weights_hash(self.model),
         }
@@ -166,6 +166,7 @@ class TransformersExtractor(Network):
         return kind, found[kind].shape[1], tuple(inputs["pixel_values"].shape[-2:])
 
 
+WHOLE = {"do_center_crop": False, "size": {"height": 224, "width": 224}}
 FEATURES = {
     "pooled output": lambda outputs: outputs.pooler_output.flatten(1),
     "class token": lambda outputs: outputs.last_hidden_state[:, 0],
@@ -241,29 +242,21 @@ def _default_processor(config):
     return BitImageProcessorPil(size={"height": height, "width": width}, do_center_crop=False, **IMAGENET)
 
 
-def _whole_image(processor):
-    """What to tell the processor such that it resizes to the size of its cut instead of cutting a square image."""
-    if getattr(processor, "crop_pct", None):
-        return {"crop_pct": 1.0}
-    if not getattr(processor, "do_center_crop", None):
-        return {}
-    size = processor.crop_size
-    return {"do_center_crop": False, "size": {"height": size["height"], "width": size["width"]}}
-
-
 def _preprocess(processor, images, device, **resizing):
     """uint8 `[B, 3, H, W]` -> name -> tensor, as the model takes it."""
     inputs = processor(list(images.cpu()), return_tensors="pt", input_data_format="channels_first", **resizing)
     return inputs.to(device)
 
 
-def _describe(processor, size):
+def _describe(processor, size, resizing):
     """How it makes images of this size (height, width), for a report."""
     from PIL.Image import Resampling
 
     resample = getattr(processor, "resample", None)
     kind = Resampling.BILINEAR if resample is None else Resampling(resample)
     resize = f"{size[0]} x {size[1]}, {kind.name.lower()}" if getattr(processor, "do_resize", True) else "none"
+    cuts = getattr(processor, "do_center_crop", None) or (getattr(processor, "crop_pct", None) or 1) < 1
+    resize += ", the centre of a larger one" if cuts and not resizing else ""
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     return {"resize": resize, "mean": mean and list(mean), "std": std and list(std)}
 

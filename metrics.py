@@ -78,10 +78,10 @@ def radial_log_power(images: torch.Tensor) -> torch.Tensor:
     Returns:
         [R] in nats, the rings of `radial_power`, averaged over the images before the logarithm.
     """
-    return _log(radial_power(images).mean(dim=0))
+    return log_of_power(radial_power(images).mean(dim=0))
 
 
-def _log(power):
+def log_of_power(power):
     # A floor far below the rounding error of an 8-bit image keeps constant images finite.
     return power.clamp(min=1e-20).log()
 
@@ -127,7 +127,7 @@ def spectrum_differences(
     power: torch.Tensor, reference_log_power: torch.Tensor, subsets: torch.Tensor
 ) -> torch.Tensor:
     """Log power of each subset less the reference's, [S, R] in nats, from `radial_power` [N, R] of the samples."""
-    return _log(mean_values(power, subsets)) - reference_log_power
+    return log_of_power(mean_values(power, subsets)) - reference_log_power
 
 
 def spectrum_errors(

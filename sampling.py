@@ -15,8 +15,9 @@ import diffusers
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, DDPMScheduler, DiffusionPipeline
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from arguments import UserError, first_line
@@ -114,16 +115,34 @@ class Model:
 
     def _add_lora(self, pipe, raw):
         try:
-            if not self.family.stock_lora:
-                folder = Path(self.lora, NON_EMA) if raw else self.lora
-                setattr(pipe, self.part, PeftModel.from_pretrained(getattr(pipe, self.part), folder).eval())
-                return
-            ours = is_folder_name(self.lora) and Path(self.lora, LORA_FILE).exists()
-            name = NON_EMA_LORA if raw else LORA_FILE if ours else None
-            pipe.load_lora_weights(self.lora, **({"weight_name": name} if name else {}))
+            if self.family.stock_lora:
+                self._load_stock_lora(pipe, raw)
+            else:
+                folder = str(Path(self.lora, NON_EMA)) if raw else self.lora
+                model = PeftModel.from_pretrained(getattr(pipe, self.part), folder).eval()
+                strange = adapter_state(model, "default").keys() ^ load_peft_weights(folder, device="cpu").keys()
+                if strange:  # peft passes over them
+                    raise ValueError(f"it and this model differ in {min(strange)}")
+                setattr(pipe, self.part, model)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             remedy = "give the folder or Hub id of a LoRA that was trained on this model"
             raise UserError(f"--lora {self.lora} can't be loaded ({first_line(error)}): {remedy}.") from error
+
+    def _load_stock_lora(self, pipe, raw):
+        ours = is_folder_name(self.lora) and Path(self.lora, LORA_FILE).exists()
+        name = NON_EMA_LORA if raw else LORA_FILE if ours else None
+        pipe.load_lora_weights(self.lora, adapter_name="lora", **({"weight_name": name} if name else {}))
+        parts = (self.part, *self.family.text_encoder_names)
+        models = [model for part in parts if hasattr(model := getattr(pipe, part), "peft_config")]
+        found = sum(len(adapter_state(model, "lora")) for model in models)
+        # Diffusers passes over what finds no place. Files of other programs call things otherwise.
+        wanted = len(load_file(Path(self.lora, name))) if ours else found
+        if found != wanted or not found:
+            raise ValueError(f"{found} of its weights fit")
+
+
+def adapter_state(model, adapter):
+    return get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
 
 
 def read_models(args):

@@ -132,25 +132,21 @@ def test_a_vit_without_pooler_gives_its_class_token(tmp_path, images):
     assert load_extractor(name, "cpu").settings == extractor.settings  # the missing weights are not random ones
 
 
-def test_the_whole_image_is_seen_where_the_checkpoint_cuts_a_border(tmp_path, images):
+def test_images_are_cut_where_the_checkpoint_says_so_but_for_dinov2(tmp_path, images, monkeypatch):
     model = tiny("Dinov2Model")
     model.save_pretrained(tmp_path)
-    cut = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    cut = {"size": {"height": 40, "width": 40}, "crop_size": {"height": 28, "width": 28}}
     transformers.BitImageProcessorPil(image_mean=MEAN, image_std=STD, **cut).save_pretrained(tmp_path)
     extractor = load_extractor(str(tmp_path), "cpu")
-    expected = by_hand(model, pixels(images, (28, 28), Image.Resampling.BICUBIC))
+    expected = by_hand(model, pixels(images, (40, 40), Image.Resampling.BICUBIC)[..., 6:34, 6:34])
     torch.testing.assert_close(extractor(images).features, expected, rtol=1e-4, atol=1e-5)
-    assert extractor.settings["resize"] == "28 x 28, bicubic"
+    assert extractor.settings["resize"] == "28 x 28, bicubic, the centre of a larger one"
 
-
-def test_the_cut_of_convnets_is_left_out_as_well(tmp_path, images):
-    model = tiny("ResNetModel")
-    model.save_pretrained(tmp_path)
-    settings = {"size": {"shortest_edge": 32}, "crop_pct": 0.5, "image_mean": MEAN, "image_std": STD}
-    transformers.ConvNextImageProcessorPil(**settings).save_pretrained(tmp_path)
-    found = load_extractor(str(tmp_path), "cpu")(images[..., :40, :]).features
-    expected = by_hand(model, pixels(images[..., :40, :], resample=Image.Resampling.BICUBIC))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(features, "DINOV2", str(tmp_path))
+    extractor = load_extractor("dinov2", "cpu")
+    expected = by_hand(model, pixels(images, (224, 224), Image.Resampling.BICUBIC))
+    torch.testing.assert_close(extractor(images).features, expected, rtol=1e-4, atol=1e-5)
+    assert extractor.settings["resize"] == "224 x 224, bicubic"
 
 
 def test_a_folder_without_preprocessing_gets_that_of_imagenet(tmp_path, images):

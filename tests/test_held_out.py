@@ -29,6 +29,7 @@ import train_lpl_dit
 import train_lpl_sd
 from arguments import UserError
 from data_utils import HELD_OUT_POSITION, build_dataloader, held_out_batch, held_out_caption, make_stream
+from family import Family
 from features import load_extractor
 from lpl_utils import LatentPerceptualLoss
 from metrics import frechet_distance, kernel_distances, moments
@@ -260,8 +261,6 @@ OTHERS = {
 def test_evaluating_changes_nothing_of_other_runs(train, drawings, tmp_path, kind):
     flags = [tmp_path / "cache" if word == "CACHE" else word for word in OTHERS[kind]]
     flags += [*LPL, "--eval_share", 0.3, "--learning_rate", 1e-3]
-    if "--latent_cache_dir" in flags:  # both find it full
-        train(*flags, "--eval_steps", 1000, steps=1, name="first")
     often = train(*flags, "--eval_steps", 2, *drawings, name="often")
     never = train(*flags, "--eval_steps", 1000, *drawings, name="never")
     assert len(evaluations(often)) == 2
@@ -471,6 +470,22 @@ def test_the_distances_are_those_of_what_the_stock_pipeline_draws(still, tiny_sd
     assert row[FRECHET] == pytest.approx(expected, rel=1e-3) and expected > 0.1
     everything = torch.ones(1, 5, dtype=torch.bool)
     assert row[KERNEL] == pytest.approx(kernel_distances(ours, theirs, everything).item(), rel=1e-3)
+
+
+def test_captions_are_drawn_in_turn_each_with_a_seed_of_its_own(train, photos, drawings, monkeypatch):
+    asked, draw = [], Family.draw
+
+    def watched(self, prompt, generator, **settings):
+        asked.append((prompt, generator.initial_seed(), settings["num_inference_steps"], settings["guidance_scale"]))
+        return draw(self, prompt, generator, **settings)
+
+    monkeypatch.setattr(Family, "draw", watched)
+    streams, make = [], train_lpl_sd.make_stream
+    monkeypatch.setattr(train_lpl_sd, "make_stream", lambda args: streams.append(make(args)) or streams[0])
+    train("--lpl_weight", 0, *drawings, "--eval_steps", 1, "--eval_share", 0.3, "--trigger_word", "sks", steps=2)
+    texts = [json.loads(row)["text"] for row in (photos / "metadata.jsonl").read_text().splitlines()]
+    texts = [f"sks, {texts[i]}" for i in held_out_ids(streams[0].held_out)]
+    assert asked == 2 * [(texts[i % 3], i, 2, 2.0) for i in range(5)] and len(set(texts)) == 3
 
 
 def test_drawings_are_from_the_average_weights(train, drawings):

@@ -386,11 +386,12 @@ def test_a_lora_whose_names_fit_nothing(draw, trained, tiny_pipeline):
     assert f"--lora {output}" in refused(draw, "--model", tiny_pipeline("PixArtSigma"), "--lora", output)
 
 
-def test_raw_weights_that_are_not_there(draw, trained, tiny_sd, tiny_pipeline):
-    output = trained("SD", *LORA)
-    assert "--weights raw" in refused(draw, "--model", tiny_sd, "--weights", "raw")
-    message = refused(draw, "--model", tiny_sd, "--lora", output, "--weights", "raw")
-    assert f"--lora {output} can't be loaded" in message or "--weights raw" in message
+def test_raw_weights_that_are_not_there(draw, trained, tiny_sd, capsys):
+    lora = trained("SD", *LORA)
+    for words, folder in ((("--model", tiny_sd), tiny_sd), (("--model", tiny_sd, "--lora", lora), lora)):
+        with pytest.raises(SystemExit):
+            draw(*words, "--weights", "raw")
+        assert f"--weights raw: {folder} holds no weights beside the average" in capsys.readouterr().err
 
 
 def test_a_pipeline_of_another_kind(draw, tmp_path):
