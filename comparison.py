@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 import metrics
 from arguments import UserError, as_flags, check_unused
 from captions import draw_text
-from data_sources import caption_of, files_identity
+from data_sources import caption_of, files_identity, image_sizes
 from data_utils import open_samples
 from disk_cache import weights_hash
 from evaluation import ImageFiles, StreamImages, log_power, moments_of, read_statistics, score
@@ -64,6 +64,10 @@ class Reference:
         order = rng.permutation(len(self.images))
         captions = (caption_of(self.stream.samples, int(order[i % len(order)])) for i in range(count))
         return [int(c) if num_classes is not None else draw_text(c, rng) for c in captions]
+
+    def smaller_than(self, resolution):
+        """How many of the images had to be enlarged."""
+        return sum(min(size) < resolution for size in image_sizes(self.stream.samples)) if self.stream else 0
 
     def check(self, extractors):
         """Raises UserError if statistics that came with the images are of other features than these networks'."""
@@ -240,7 +244,7 @@ def reconstruct_reference(accelerator, args, vae, reference, rebuilt):
 # The report
 
 
-def make_report(args, sets, seen, real, floors, networks, device):
+def make_report(args, reference, sets, seen, real, floors, networks, device):
     """All that `evaluation_report` shows.
 
     Args:
@@ -268,7 +272,7 @@ def make_report(args, sets, seen, real, floors, networks, device):
         "models": models,
         "reference": {"metrics": own, "spectrum": spectrum(real), "reconstructions": rebuilt},
         "differences": differences(sets, values, count),
-        "notes": notes(args, sets, real, floors, extractors),
+        "notes": notes(args, reference, sets, real, floors, extractors),
         "paper": paper_numbers(settings, models),
     }
 
@@ -331,7 +335,7 @@ def settings_of(args, sets, real, extractors, clip):
     }
 
 
-def notes(args, sets, real, floors, extractors):
+def notes(args, reference, sets, real, floors, extractors):
     """What to keep in mind with these numbers."""
     count, said = len(sets[0].images), []
     for extractor in extractors:
@@ -342,6 +346,12 @@ def notes(args, sets, real, floors, extractors):
                 f"{count} samples are fewer than the {dim} features of {extractor.name}: its Fréchet distances are "
                 "far too high; compare them with each other alone, and look at the kernel distances."
             )
+    small = reference.smaller_than(args.resolution)
+    if small:
+        said.append(
+            f"{small} of the {len(real)} reference images are smaller than {args.resolution} pixels, and enlarged: "
+            "spectra and sharpness are those of blurred images."
+        )
     if len(floors) > 1:
         said.append("The models have different VAEs; the reconstructions shown are those of the first.")
     if args.samples and len(sets) > 1:

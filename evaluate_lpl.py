@@ -36,12 +36,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("models").add_argument
     add("--model", nargs="+", metavar="MODEL", help="folders or Hub ids of the models, results of the training "
         "scripts or others; each is compared with those before it")
-    add("--lora", nargs="+", metavar="LORA", help="a LoRA for each model, none for one without; a single model "
-        "stands for all")
+    add("--lora", nargs="+", metavar="LORA", help="a LoRA for each model, none for one without; a single --model "
+        "stands for all, and so does a single LoRA")
     add("--base_model", help="the pipeline around models that were saved alone (--save_only_trained, checkpoints)")
     add("--samples", nargs="+", metavar="FOLDER", help="instead of models: folders of images, in the same order")
     add("--names", nargs="+", metavar="NAME", help="what the report calls them; by default their folders")
-    add("--weights", choices=["ema", "raw"], default="ema", help="raw: those beside the average, of --save_non_ema")
+    add("--weights", nargs="+", choices=["ema", "raw"], default=["ema"], help="of each model or all: what was saved, "
+        "with --use_ema the average, or (raw) the weights beside it, of --save_non_ema")
     add("--pretrained_vae_model_name_or_path", help="Hub id or folder of another VAE for all models; of --samples the "
         "VAE of their model, which reconstructs the reference")
     add("--variant", help="variant of the weight files, such as fp16")
@@ -135,39 +136,53 @@ def check(args):
 
 
 def check_models(args):
-    """Pairs models with their LoRAs: sets `args.entries`, (source, base, LoRA or None)."""
-    loras = [None if lora == "none" else lora for lora in args.lora or ["none"] * len(args.model)]
-    models = args.model * len(loras) if len(args.model) == 1 else args.model
-    if len(loras) != len(models):
-        raise UserError(f"--lora needs {len(models)} entries, one for each --model (none for one without).")
-    for name in filter(None, [*args.model, *loras, args.base_model]):
-        if is_folder_name(name) and not Path(name).exists():
-            raise UserError(f"there is no folder {name}: give that of a saved model or LoRA, or a Hub id.")
-    for lora in filter(None, loras):
-        if is_folder_name(lora) and not list(Path(lora).glob("*.safetensors")):
-            raise UserError(f"--lora {lora} holds no LoRA (*.safetensors): name the --output_dir of a LoRA training.")
-    for name in (lora or model for model, lora in zip(models, loras)):
-        there = any(path for pattern in ("*non_ema*", "*/*non_ema*") for path in Path(name).glob(pattern))
-        if args.weights == "raw" and is_folder_name(name) and not there:
-            raise UserError(f"--weights raw: {name} holds no weights beside the average: train with --save_non_ema.")
+    """Puts together what belongs to a model: sets `args.entries`, (source, base, LoRA or None, whether raw)."""
+    lists = {"--model": args.model, "--lora": args.lora or ["none"], "--weights": args.weights}
+    count = max(map(len, lists.values()))
+    for flag, values in lists.items():
+        if len(values) not in (1, count):
+            longest = max(lists, key=lambda name: len(lists[name]))
+            raise UserError(
+                f"{flag} has {len(values)} entries and {longest} {count}: give one for each, or one for all."
+            )
     args.entries = []
-    for model, lora in zip(models, loras):
-        alone = is_folder_name(model) and not Path(model, "model_index.json").exists()
-        if alone and not any(Path(model, part, "config.json").exists() for part in ("unet", "transformer")):
-            if list(Path(model).glob("*.safetensors")):
-                raise UserError(f"--model {model} holds a LoRA: give its base as --model, and this as --lora.")
-            raise UserError(f"--model {model} holds no model: name the --output_dir of a finished training.")
-        if alone and not args.base_model:
-            raise UserError(f"--model {model} holds no whole pipeline: add --base_model, the one that was finetuned.")
-        args.entries.append((model, args.base_model if alone else model, lora))
-    if args.base_model and all(source == base for source, base, _ in args.entries):
+    for model, lora, weights in zip(*(values * (count if len(values) == 1 else 1) for values in lists.values())):
+        for name in filter(None, [model, lora, args.base_model]):
+            if name != "none" and is_folder_name(name) and not Path(name).exists():
+                raise UserError(f"there is no folder {name}: give that of a saved model or LoRA, or a Hub id.")
+        base = check_model(args, model)
+        if lora != "none" and is_folder_name(lora) and not list(Path(lora).glob("*.safetensors")):
+            raise UserError(f"--lora {lora} holds no LoRA (*.safetensors): name the --output_dir of a LoRA training.")
+        trained = model if lora == "none" else lora
+        there = any(path for pattern in ("*non_ema*", "*/*non_ema*") for path in Path(trained).glob(pattern))
+        if weights == "raw" and is_folder_name(trained) and not there:
+            raise UserError(
+                f"--weights raw: {trained} holds no weights beside the average: train with --save_non_ema."
+            )
+        args.entries.append((model, base, None if lora == "none" else lora, weights == "raw"))
+    if args.base_model and all(source == base for source, base, *_ in args.entries):
         raise UserError("--base_model has no effect: every --model is a whole pipeline; leave it out.")
+
+
+def check_model(args, model):
+    """The pipeline around a model: itself, or --base_model."""
+    if not is_folder_name(model) or Path(model, "model_index.json").exists():
+        return model
+    if not any(Path(model, part, "config.json").exists() for part in ("unet", "transformer")):
+        if list(Path(model).glob("*.safetensors")):
+            raise UserError(f"--model {model} holds a LoRA: give its base as --model, and this as --lora.")
+        raise UserError(f"--model {model} holds no model: name the --output_dir of a finished training.")
+    if not args.base_model:
+        raise UserError(f"--model {model} holds no whole pipeline: add --base_model, the one that was finetuned.")
+    return args.base_model
 
 
 def names_of(args):
     """A name for each of the models, which is a folder's, too."""
-    sources = args.samples or [lora or source for source, _, lora in args.entries]
+    sources = args.samples or [lora or source for source, _, lora, _ in args.entries]
     names = args.names or [Path(source).resolve().name if is_folder_name(source) else source for source in sources]
+    if args.model and args.names is None and len(set(args.weights)) > 1:
+        names = [name + "-raw" * raw for name, (*_, raw) in zip(names, args.entries)]
     if len(names) != len(sources):
         raise UserError(f"--names needs {len(sources)} names, one for each of what is compared.")
     names = [re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "model" for name in names]
@@ -297,7 +312,7 @@ def main(args):
     if not accelerator.is_main_process:
         return
     real.moments |= reference.moments
-    report = make_report(args, sets, seen, real, floors, (extractors, clip), accelerator.device)
+    report = make_report(args, reference, sets, seen, real, floors, (extractors, clip), accelerator.device)
     for name, features in real.features.items():
         write_statistics(output / "statistics" / f"reference_{name}.npz", moments(features), name)
     write_report(report, output)

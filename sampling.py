@@ -38,6 +38,7 @@ class Model:
     source: str  # Hub id or folder: a pipeline, or a denoiser that was saved alone
     base: str  # the pipeline around it: `source` itself, or --base_model
     lora: str | None
+    raw: bool  # without the average
     family: type = None
     num_classes: int | None = None
     id2label: dict = field(default_factory=dict)
@@ -73,17 +74,16 @@ class Model:
     def load(self, args, device, dtype):
         """The stock pipeline, on the device, with the sampler of the flags; and what the report calls the sampler."""
         hub = {"cache_dir": args.cache_dir}
-        raw = args.weights == "raw"
         given = {}
-        if self.source != self.base or (raw and self.lora is None):
-            variant = NON_EMA if raw else args.variant
+        if self.source != self.base or (self.raw and self.lora is None):
+            variant = NON_EMA if self.raw else args.variant
             files = {"subfolder": self.part, "variant": variant, "dtype": dtype}
             given[self.part] = load(self.family.denoiser_class, self.source, "--model", **files, **hub)
         if args.pretrained_vae_model_name_or_path:
             given["vae"] = load_vae(args, dtype)
         pipe = self._load_pipeline(args, dtype, given)
         if self.lora is not None:
-            self._add_lora(pipe, raw)
+            self._add_lora(pipe)
         trained = self.lora or self.source
         own = own_scheduler(trained, args.cache_dir) if trained != self.base else None
         pipe.scheduler, sampler = make_sampler(own or pipe.scheduler, args.sampler)
@@ -113,12 +113,12 @@ class Model:
         vae = given.get("vae") or load_part(source, "vae", dtype)
         return family.pipeline_class(given[self.part], vae, load_part(source, "scheduler"), id2label=self.id2label)
 
-    def _add_lora(self, pipe, raw):
+    def _add_lora(self, pipe):
         try:
             if self.family.stock_lora:
-                self._load_stock_lora(pipe, raw)
+                self._load_stock_lora(pipe)
             else:
-                folder = str(Path(self.lora, NON_EMA)) if raw else self.lora
+                folder = str(Path(self.lora, NON_EMA)) if self.raw else self.lora
                 model = PeftModel.from_pretrained(getattr(pipe, self.part), folder).eval()
                 strange = adapter_state(model, "default").keys() ^ load_peft_weights(folder, device="cpu").keys()
                 if strange:  # peft passes over them
@@ -128,9 +128,9 @@ class Model:
             remedy = "give the folder or Hub id of a LoRA that was trained on this model"
             raise UserError(f"--lora {self.lora} can't be loaded ({first_line(error)}): {remedy}.") from error
 
-    def _load_stock_lora(self, pipe, raw):
+    def _load_stock_lora(self, pipe):
         ours = is_folder_name(self.lora) and Path(self.lora, LORA_FILE).exists()
-        name = NON_EMA_LORA if raw else LORA_FILE if ours else None
+        name = NON_EMA_LORA if self.raw else LORA_FILE if ours else None
         pipe.load_lora_weights(self.lora, adapter_name="lora", **({"weight_name": name} if name else {}))
         parts = (self.part, *self.family.text_encoder_names)
         models = [model for part in parts if hasattr(model := getattr(pipe, part), "peft_config")]

@@ -432,6 +432,19 @@ def test_another_model_or_reference_in_the_same_folder_is_refused(begun, tiny_sd
     assert state(before) == before
 
 
+def test_other_captions_of_the_same_images_are_refused(tiny_sd, photos, extractor, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"other": f"{row['text']}, in winter"}) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    words = ("--model", tiny_sd, "--reference", folder, "--feature_extractor", extractor, "--caption_column")
+    evaluate(tmp_path / "out", *words, "text")
+    before = state((tmp_path / "out").glob("*/*/*.png"))
+    with pytest.raises(UserError, match="samples/sd .*prompts.*choose another --output_dir"):
+        evaluate(tmp_path / "out", *words, "other")
+    assert state(before) == before
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_finds_the_same(tiny_sd, words, tmp_path, time_limit):
     words = [*words, "--batch_size", 2, "--num_inference_steps", 60, "--num_samples", 12, "--model", tiny_sd]
@@ -656,7 +669,7 @@ def flag_refusals(sd, photos, tmp_path):
     return [
         ((), "either --model, to draw samples, or --samples"),
         ((*model, *samples), "either --model, to draw samples, or --samples"),
-        ((*model, "--lora", lora, lora, "--model", sd, sd, sd), "--lora needs 3 entries"),
+        ((*model, "--lora", lora, lora, "--model", sd, sd, sd), "--lora has 2 entries and --model 3"),
         ((*model, "--lora", empty), "holds no LoRA"),
         ((*model, "--lora", tmp_path / "no"), f"there is no folder {tmp_path / 'no'}"),
         (("--model", tmp_path / "no"), f"there is no folder {tmp_path / 'no'}"),
