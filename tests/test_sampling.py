@@ -33,6 +33,8 @@ LABELS = [980, 207, 281, 0]
 SEED = 11
 UNETS, ON_CLASSES = ("SD", "SDXL", "Kolors"), ("DiT", "MMDiT")
 BINNED = ("PixArtAlpha", "PixArtSigma", "Sana", "HunyuanDiT")
+STOCK = ("SD", "SDXL", "StableDiffusion3", "Flux", "Chroma", "Sana", "Flux2Klein", "QwenImage", "ZImage", "Lumina2")
+STOCK += ("AuraFlow",)  # those whose stock pipelines read LoRA files
 EVERY = (*UNETS, *FAMILIES, "MMDiT")
 FAST = ("SD", "PixArtSigma", "Sana", "DiT")
 SCRATCH = ("--transformer_config", ROOT / "transformer_configs" / "mmdit-tiny.json")
@@ -53,12 +55,13 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(photos, class_folders, tiny_sd, tiny_pipeline, vae, tmp_path_factory):
+def trained(photos, class_folders, tiny_sd, tiny_sdxl, tiny_pipeline, vae, tmp_path_factory):
     """Trains a family with flags for two steps; returns the output folder."""
 
     def run(family, *words):
-        script = train_lpl_sd if family == "SD" else train_lpl_dit
-        model = {"SD": tiny_sd, "MMDiT": None}[family] if family in ("SD", "MMDiT") else tiny_pipeline(family)
+        script = train_lpl_sd if family in UNETS else train_lpl_dit
+        own = {"SD": tiny_sd, "SDXL": tiny_sdxl, "MMDiT": None}
+        model = own[family] if family in own else tiny_pipeline(family)
         words += (*SCRATCH, "--pretrained_vae_model_name_or_path", vae) if family == "MMDiT" else ()
         data = ("--train_data_dir", class_folders if family in ON_CLASSES else photos)
         output = tmp_path_factory.mktemp("results") / "out"
@@ -265,17 +268,26 @@ def test_a_checkpoint_is_a_model_too(draw, trained, family):
     assert not np.array_equal(found, earlier)
 
 
-@pytest.mark.parametrize("flag", slow_but(("--use_lora",), ("--use_lora", "--train_text_encoder")))
-def test_a_lora_that_the_stock_pipeline_reads(draw, trained, tiny_sd, flag):
-    output = trained("SD", *LORA, *AVERAGE, flag)
+@pytest.mark.parametrize("family", slow_but(("SD",), STOCK))
+def test_a_lora_that_the_stock_pipeline_reads(draw, trained, folder_of, family):
+    check_lora(draw, trained(family, *LORA, *AVERAGE), folder_of(family), family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["SD", "SDXL"])
+def test_a_lora_of_the_text_encoders_too(draw, trained, folder_of, family):
+    check_lora(draw, trained(family, *LORA, *AVERAGE, "--train_text_encoder"), folder_of(family), family)
+
+
+def check_lora(draw, output, base, family):
     drawn = {}
     for weights, name in (("ema", "pytorch_lora_weights"), ("raw", "pytorch_lora_weights_non_ema")):
-        flags = ("--model", tiny_sd, "--lora", output, "--weights", weights)
+        flags = ("--model", base, "--lora", output, "--weights", weights)
         drawn[weights], _ = draw(*flags, name=weights)
-        pipe = load_stock(tiny_sd)
-        plain = by_hand(pipe)
+        pipe = load_stock(base, family)
+        plain = by_hand(pipe, family)
         pipe.load_lora_weights(output, weight_name=f"{name}.safetensors")
-        assert_same(drawn[weights], by_hand(pipe))
+        assert_same(drawn[weights], by_hand(pipe, family))
         assert not np.array_equal(drawn[weights], plain)
     assert not np.array_equal(drawn["raw"], drawn["ema"])
 
