@@ -8,10 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about five minutes on two cores
 	$(BIN)/python demo/run_demo.py
 
-test: .venv/test .venv/inception  ## the fast tests
+test: .venv/test .venv/inception/installed  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-test_all: .venv/test .venv/engines .venv/inception  ## the slow ones as well
+test_all: .venv/test .venv/engines .venv/inception/installed  ## the slow ones as well
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m ""
 
 style: .venv/test
@@ -31,9 +31,9 @@ quality: .venv/test
 	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --requirement $<
 	touch $@
 
-# Without torchvision, which has to be of the same build as torch; the tests do without.
-.venv/inception: requirements-inception.txt .venv/base
-	$(INSTALL) --no-deps --requirement $<
+# Apart, and without torchvision, which has to be of the same build as torch: one test does without it.
+.venv/inception/installed: requirements-inception.txt .venv/base
+	$(INSTALL) --no-deps --target $(@D) --requirement $<
 	touch $@
 
 .venv/%: requirements-%.txt .venv/base

@@ -100,9 +100,8 @@ def complaint(main, args, resumable):
             raise
         return UserError(f"the disk is full ({error}); make room, and {remedy}.")
     except KeyboardInterrupt:
-        if not resumable:
-            raise
-        return UserError(f"stopped at once; if there is a checkpoint, {remedy}.")
+        if_any = "if there is a checkpoint, " if resumable else ""
+        return UserError(f"stopped at once; {if_any}{remedy}.")
 
 
 def first_line(error):

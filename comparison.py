@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import os
 from argparse import Namespace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 import metrics
 from arguments import UserError, as_flags, check_unused
 from captions import draw_text
-from data_sources import caption_of, files_identity, image_sizes
+from data_sources import caption_of, files_identity, image_sizes, labels_of
 from data_utils import open_samples
 from disk_cache import weights_hash
 from evaluation import ImageFiles, StreamImages, log_power, moments_of, read_statistics, score
@@ -36,20 +34,26 @@ class Reference:
     """The real images, and what is to be drawn: their captions or labels."""
 
     def __init__(self, args, models):
-        self.name, self.moments, self.images, self.stream = args.reference, {}, None, None
+        self.name, self.images, self.stream = args.reference, None, None
+        self.moments, self.weights = {}, None  # statistics that came with the images, of a network with these weights
         if args.reference_kind == "npz":
             short = [short_name(name) for name in args.feature_extractor]
-            self.moments, self.images = read_statistics(args.reference, short)
-            if self.images is not None and args.resolution not in (None, self.images.size[0]):
+            self.moments, self.weights, self.images = read_statistics(args.reference, short)
+            if self.images is not None and self.images.size != (args.resolution, args.resolution):
+                height, width = self.images.size
                 raise UserError(
-                    f"--reference {args.reference} has images of {self.images.size[0]} pixels, and the samples have "
-                    f"{args.resolution}: give --resolution {self.images.size[0]}, or another reference."
+                    f"--reference {args.reference} has images of {width} x {height} pixels, and the samples have "
+                    f"{args.resolution}: give the --resolution of the reference, or another one."
                 )
             return
         flags = dict.fromkeys(("train_data_dir", "dataset_name", "train_shards"), "reference")
         with as_flags(**flags, max_train_samples="max_reference_samples"):
             self.stream = open_stream(args, models)
-        self.images = StreamImages(self.stream)
+        samples = self.stream.samples
+        if isinstance(samples, list):  # several may be of the same image, and doubles are each other's neighbours
+            self.images = StreamImages(self.stream, np.unique([path for path, _ in samples], return_index=True)[1])
+        else:
+            self.images = StreamImages(self.stream)
 
     def prompts(self, args, models):
         """Captions or class labels of the samples: those of the images, in an order drawn with the seed."""
@@ -61,7 +65,7 @@ class Reference:
                 raise UserError(f"--reference {args.reference} has no captions to draw: give images with captions.")
             rounds = range(-(-count // num_classes))  # more samples leave the first ones as they are
             return np.concatenate([rng.permutation(num_classes) for _ in rounds])[:count].tolist()
-        order = rng.permutation(len(self.images))
+        order = rng.permutation(len(self.stream.samples))
         captions = (caption_of(self.stream.samples, int(order[i % len(order)])) for i in range(count))
         return [int(c) if num_classes is not None else draw_text(c, rng) for c in captions]
 
@@ -73,17 +77,20 @@ class Reference:
         """Raises UserError if statistics that came with the images are of other features than these networks'."""
         for extractor in extractors:
             given, dim = self.moments.get(extractor.name), extractor.settings["dim"]
-            if given is not None and len(given.mean) != dim:
+            if given is None:
+                continue
+            if len(given.mean) != dim or self.weights not in (None, extractor.settings["weights_hash"]):
+                what = (
+                    f"of {len(given.mean)} features" if len(given.mean) != dim else "by a network with other weights"
+                )
                 raise UserError(
-                    f"--reference {self.name}: its statistics are of {len(given.mean)} features, and {extractor.name} "
-                    f"gives {dim}: name the network that they are from with --feature_extractor."
+                    f"--reference {self.name}: its statistics are {what}, and {extractor.name} gives {dim}: name the "
+                    "network that they are from with --feature_extractor."
                 )
 
     def prompts_hash(self):
         """What decides on the prompts besides the seed; not how many of them are drawn."""
-        captions = (
-            None if self.stream is None else [caption_of(self.stream.samples, i) for i in range(len(self.images))]
-        )
+        captions = list(labels_of(self.stream.samples)) if self.stream else None
         return hashlib.sha256(repr(captions).encode()).hexdigest()[:32]
 
     def identity(self):
@@ -197,7 +204,7 @@ def prompts_in(images):
 def draw_set(accelerator, args, model, pipe, facts, setting, prompts):
     """The samples of a model in a setting, (steps, guidance scale), drawn by all processes.
 
-    facts: `sampler`, and the hashes `weights` and `prompts`.
+    facts: `sampler`, and the hashes `weights`, `settings` and `prompts`.
     """
     steps, scale = setting
     words = [model.name]
@@ -244,50 +251,69 @@ def reconstruct_reference(accelerator, args, vae, reference, rebuilt):
 # The report
 
 
-def make_report(args, reference, sets, seen, real, floors, networks, device):
+class Scored(NamedTuple):
+    """What remains of a set when its features are gone."""
+
+    values: dict  # metric -> [S]
+    spectrum: dict
+
+
+def score_set(args, measured, real, floor, device):
+    """`Scored`, of the `evaluation.Measured` of a set, the reference and its reconstructions (or None)."""
+    count, names = len(measured), [short_name(name) for name in args.feature_extractor]
+    subsets = metrics.half_samples(count, args.half_samples, args.seed)
+    values = score(measured, real, floor, subsets, names, args.k, device)
+    curve = spectrum(measured)
+    if real.power is not None:
+        errors = metrics.spectrum_differences(measured.power, log_power(real), subsets)
+        reach = [metrics.interval(ring, count, LEVEL) for ring in errors.T]
+        curve |= {"error": errors[0].tolist(), "low": [low for low, _ in reach], "high": [high for _, high in reach]}
+    return Scored(values, curve)
+
+
+def make_report(args, reference, sets, scored, real, floors, networks):
     """All that `evaluation_report` shows.
 
     Args:
-        sets: `SampleSet`s, every two of which are compared if their setting is the same.
-        seen: name of the set -> `evaluation.Measured`. real: that of the reference. floors: VAE's hash -> that of its
-            reconstructions. networks: (feature extractors, CLIP scorer or None).
+        sets: `SampleSet`s, every two of which are compared if their setting is the same. scored: name -> `Scored`.
+        real: `evaluation.Measured` of the reference. floors: VAE's hash -> that of its reconstructions.
+        networks: (feature extractors, CLIP scorer or None).
     """
     extractors, clip = networks
-    names, count = [extractor.name for extractor in extractors], len(sets[0].images)
-    subsets = metrics.half_samples(count, args.half_samples, args.seed)
-    scoring = partial(score, extractors=names, k=args.k, device=device)
-    bar = tqdm(sets, "Scoring", disable=None)
-    values = {s.name: scoring(seen[s.name], real, floors.get(s.vae), subsets) for s in bar}
     settings = settings_of(args, sets, real, extractors, clip)
-    models = [entry(s, values[s.name], seen[s.name], real, subsets) for s in sets]
+    models = [entry(s, scored[s.name]) for s in sets]
     rebuilt = None
     if floors:
         floor = next(iter(floors.values()))
         everything = torch.ones(1, len(floor), dtype=torch.bool)
-        found = scoring(floor, real, None, everything)
+        found = score(floor, real, None, everything, [extractor.name for extractor in extractors], args.k)
         rebuilt = {"metrics": first(found), "spectrum": spectrum(floor)}
     own = {"sharpness": real.sharpness.mean().item()} if real.sharpness is not None else {}
     return {
         "settings": settings,
         "models": models,
         "reference": {"metrics": own, "spectrum": spectrum(real), "reconstructions": rebuilt},
-        "differences": differences(sets, values, count),
+        "differences": differences(sets, scored),
         "notes": notes(args, reference, sets, real, floors, extractors),
         "paper": paper_numbers(settings, models),
     }
 
 
-def entry(s, values, measured, real, subsets):
-    """One model in one setting."""
-    count = len(s.images)
-    intervals = {name: metrics.interval(found, count, LEVEL) for name, found in values.items()}
-    curve = spectrum(measured)
-    if real.power is not None:
-        errors = metrics.spectrum_differences(measured.power, log_power(real), subsets)
-        reach = [metrics.interval(ring, count, LEVEL) for ring in errors.T]
-        curve |= {"error": errors[0].tolist(), "low": [low for low, _ in reach], "high": [high for _, high in reach]}
+def entry(s, scored):
+    """One model in one setting. There is no interval where all halves agree: they say nothing then."""
+    count, values = len(s.images), scored.values
+    found = {name: metrics.interval(values[name], count, LEVEL) for name in values}
+    intervals = {name: possible(name, interval) for name, interval in found.items() if interval[0] < interval[1]}
     facts = {"name": s.name, "model": s.model, "num_samples": count, **s.facts}
-    return {**facts, "metrics": first(values), "intervals": intervals, "spectrum": curve}
+    return {**facts, "metrics": first(values), "intervals": intervals, "spectrum": scored.spectrum}
+
+
+def possible(metric, interval):
+    """The part of an interval, [low, high], that a metric can take."""
+    shares = ("precision", "recall", "coverage")
+    least = 0.0 if metric.startswith((*shares, "frechet", "density", "sharpness")) else -np.inf
+    most = 1.0 if metric.startswith(shares) else np.inf
+    return [min(max(end, least), most) for end in interval]
 
 
 def first(values):
@@ -303,13 +329,18 @@ def spectrum(measured):
     return {"frequency": metrics.ring_frequencies(len(power)).tolist(), "log_power": power.tolist()}
 
 
-def differences(sets, values, count):
+def differences(sets, scored):
     """Of every two models in the same setting, the later one's from the earlier one's."""
     found = []
     for first, second in itertools.combinations(sets, 2):
         if first.setting == second.setting:
-            ours, theirs = values[first.name], values[second.name]
-            compared = {m: metrics.difference(ours[m], theirs[m], count, LEVEL) for m in ours if m in theirs}
+            ours, theirs = scored[first.name].values, scored[second.name].values
+            shared = [name for name in ours if name in theirs]
+            if first.vae != second.vae:  # whose reconstructions are different references
+                shared = [name for name in shared if "_reconstructed" not in name]
+            compared = {
+                name: metrics.difference(ours[name], theirs[name], len(first.images), LEVEL) for name in shared
+            }
             found.append({"models": [first.name, second.name], "metrics": compared})
     return found
 
@@ -330,7 +361,7 @@ def settings_of(args, sets, real, extractors, clip):
         "level": LEVEL,
         "feature_extractors": [extractor.settings for extractor in extractors],
         "clip_model": clip and clip.settings,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "Pillow", "numpy")},
         "command": args.command,
     }
 
@@ -346,6 +377,13 @@ def notes(args, reference, sets, real, floors, extractors):
                 f"{count} samples are fewer than the {dim} features of {extractor.name}: its Fréchet distances are "
                 "far too high; compare them with each other alone, and look at the kernel distances."
             )
+    features = next(iter(real.features.values()), None)
+    doubles = 0 if features is None else len(features) - len(features.unique(dim=0))
+    if doubles:
+        said.append(
+            f"{doubles} of the {len(real)} reference images are doubles: they are each other's nearest neighbours, so "
+            "that precision, density and coverage are too low."
+        )
     small = reference.smaller_than(args.resolution)
     if small:
         said.append(
@@ -353,7 +391,10 @@ def notes(args, reference, sets, real, floors, extractors):
             "spectra and sharpness are those of blurred images."
         )
     if len(floors) > 1:
-        said.append("The models have different VAEs; the reconstructions shown are those of the first.")
+        said.append(
+            "The models have different VAEs: each one's distances to reconstructions are to those of its own and are "
+            "not compared; what is shown as the floor is of the first."
+        )
     if args.samples and len(sets) > 1:
         said.append(
             "That the images are pairs, of the same noise and prompt, was taken from the order of their names."

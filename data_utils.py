@@ -396,13 +396,18 @@ def make_stream(args):
 
 
 def hold_out(stream, share):
-    """Moves a share of the samples, drawn with the seed, at least one, to the stream `held_out`."""
-    count = max(1, round(share * stream.num_samples))
-    if count >= stream.num_samples:
-        raise UserError(f"--eval_share {share} of {stream.num_samples} images leaves none to train on: add images.")
-    order = np.random.default_rng([stream.seed, HELD_OUT]).permutation(stream.num_samples)
-    stream.held_out = unchanging(replace(stream, samples=select(stream.samples, np.sort(order[:count])), bad={}))
-    stream.samples = select(stream.samples, np.sort(order[count:]))
+    """Moves a share of the images, drawn with the seed, at least one, to the stream `held_out`."""
+    samples, image_of = stream.samples, np.arange(stream.num_samples)
+    if isinstance(samples, list):  # several may be of the same image
+        image_of = np.unique([path for path, _ in samples], return_inverse=True)[1]
+    num_images = image_of.max() + 1
+    count = max(1, round(share * num_images))
+    if count >= num_images:
+        raise UserError(f"--eval_share {share} of {num_images} images leaves none to train on: add images.")
+    chosen = np.random.default_rng([stream.seed, HELD_OUT]).permutation(num_images)[:count]
+    is_held_out = np.isin(image_of, chosen)
+    stream.held_out = unchanging(replace(stream, samples=select(samples, np.flatnonzero(is_held_out)), bad={}))
+    stream.samples = select(samples, np.flatnonzero(~is_held_out))
     stream.__post_init__()
 
 

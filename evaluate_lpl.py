@@ -12,10 +12,11 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from arguments import Parser, UserError, number, run
 from features import CLIP, check_clip, check_extractor, inception_available, short_name
-from images import IMAGE_EXTENSIONS, images_in
+from images import IMAGE_EXTENSIONS, images_in, reason
 from model_checks import is_folder_name
 
 
@@ -128,11 +129,22 @@ def check(args):
     args.names = names_of(args)
     check_reference(args)
     check_scores(args)
+    check_output(args)
+
+
+def check_output(args):
     output = Path(args.output_dir)
-    if Path(args.reference).is_dir() and output.resolve().is_relative_to(Path(args.reference).resolve()):
-        raise UserError(f"--output_dir {output} lies in --reference, whose images it would add to: choose another.")
+    for folder in [args.reference, *(args.samples or ())]:
+        if Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"--output_dir {output} lies in {folder}, whose images it would add to: choose another.")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output} is a file: name a folder.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {output} can't be written ({reason(error)}): choose another.") from error
 
 
 def check_models(args):
@@ -169,6 +181,8 @@ def check_model(args, model):
     if not is_folder_name(model) or Path(model, "model_index.json").exists():
         return model
     if not any(Path(model, part, "config.json").exists() for part in ("unet", "transformer")):
+        if Path(model, "config.json").exists():
+            raise UserError(f"--model {model} is a denoiser alone: name the folder that it is in.")
         if list(Path(model).glob("*.safetensors")):
             raise UserError(f"--model {model} holds a LoRA: give its base as --model, and this as --lora.")
         raise UserError(f"--model {model} holds no model: name the --output_dir of a finished training.")
@@ -252,6 +266,7 @@ from comparison import (
     open_folders,
     prompts_in,
     reconstruct_reference,
+    score_set,
     wants_clip,
 )
 from evaluation import Measured, measure, write_statistics
@@ -284,8 +299,8 @@ def main(args):
     # The samples, paired; and what the models' VAE makes of the real images, which is as good as they can get.
     for model in models:
         pipe, sampler = model.load(args, accelerator.device, dtype)
-        weights = all_agree(identity(pipe) if accelerator.is_main_process else None)
-        facts = {"sampler": sampler, "weights": weights, "prompts": reference.prompts_hash()}
+        facts = all_agree(identity(pipe) if accelerator.is_main_process else None)
+        facts |= {"sampler": sampler, "prompts": reference.prompts_hash()}
         own_vae = model.load_vae(args, accelerator.device)
         vae = reconstruct_reference(accelerator, args, own_vae, reference, rebuilt)
         for setting in itertools.product(args.num_inference_steps, args.guidance_scale or [None]):
@@ -302,19 +317,22 @@ def main(args):
         network.to(accelerator.device)
     see = partial(measure, accelerator, extractors=extractors, batch_size=args.batch_size)
     see = partial(see, workers=args.dataloader_num_workers)
-    seen = {}
-    for s in sets:
-        captions = prompts or (prompts_in(s.images) if clip else None)
-        seen[s.name] = see(s.images, clip=clip, captions=captions, title=f"Measuring {s.name}")
     real = see(reference.images, title="Measuring the reference") if reference.images else Measured()
     floors = {name: see(images, title="Measuring reconstructions") for name, images in rebuilt.items()}
+    scored = {}
+    for s in sets:
+        captions = prompts or (prompts_in(s.images) if clip else None)
+        measured = see(s.images, clip=clip, captions=captions, title=f"Measuring {s.name}")
+        if accelerator.is_main_process:
+            real.moments |= reference.moments
+            scored[s.name] = score_set(args, measured, real, floors.get(s.vae), accelerator.device)
     accelerator.state.destroy_process_group()
     if not accelerator.is_main_process:
         return
-    real.moments |= reference.moments
-    report = make_report(args, reference, sets, seen, real, floors, (extractors, clip), accelerator.device)
-    for name, features in real.features.items():
-        write_statistics(output / "statistics" / f"reference_{name}.npz", moments(features), name)
+    report = make_report(args, reference, sets, scored, real, floors, (extractors, clip))
+    for extractor in extractors if real.features else ():
+        path = output / "statistics" / f"reference_{extractor.name}.npz"
+        write_statistics(path, moments(real.features[extractor.name]), extractor)
     write_report(report, output)
     print(f"See {output / 'report.html'}, report.md and report.json.")
 

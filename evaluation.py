@@ -282,15 +282,18 @@ def log_power(measured):
 # Statistics in ADM's format
 
 
+STATISTICS = ("extractor", "weights_hash", "count")  # which its own files do not have
+
+
 def read_statistics(path, extractors):
     """An .npz of the ADM evaluator (Dhariwal & Nichol 2021): `mu`, `sigma` and images `arr_0`; what there is of both.
 
     The file says whose features they are if `write_statistics` wrote it, else they are Inception's.
-    Returns {extractor: Moments} and the images or None. Raises UserError.
+    Returns {extractor: Moments}, the hash of its weights or None, and the images or None. Raises UserError.
     """
     try:
         with np.load(path) as file:
-            values = {name: file[name] for name in ("mu", "sigma", "arr_0", "extractor", "count") if name in file}
+            values = {name: file[name] for name in (*STATISTICS, "mu", "sigma", "arr_0") if name in file}
     except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:  # np.load may give an array
         raise UserError(f"--reference {path} can't be read as statistics or images ({reason(error)}).") from error
     images = ArrayImages(values["arr_0"], path) if "arr_0" in values else None
@@ -314,14 +317,15 @@ def read_statistics(path, extractors):
                 f"--reference {path} holds statistics of {name}, and --feature_extractor is {', '.join(extractors)}: "
                 f"add {name}, or give images."
             )
-    return moments, images
+    return moments, str(values["weights_hash"]) if "weights_hash" in values else None, images
 
 
 def write_statistics(path, moments, extractor):
-    """What `read_statistics` reads, and other evaluators of the Frechet distance do."""
+    """What `read_statistics` reads, and other evaluators of the Frechet distance do; extractor: that of `features`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"tmp-{path.name}")
     mean, covariance = moments.mean.numpy(), moments.covariance.numpy()
-    np.savez(temporary, mu=mean, sigma=covariance, extractor=extractor, count=moments.count)
+    whose = {"extractor": extractor.name, "weights_hash": extractor.settings["weights_hash"]}
+    np.savez(temporary, mu=mean, sigma=covariance, count=moments.count, **whose)
     os.replace(temporary, path)

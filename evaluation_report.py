@@ -12,6 +12,7 @@ import json
 import math
 import os
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,8 @@ def document(report, folder):
     blocks = [Heading(1, title_of(report)), Text(introduction(report))]
     if report.get("notes"):
         blocks += [Bullets(report["notes"], "note")]
-    blocks += outcome(view) + values(view) + paper_table(view)
+    scores = [outcome(view), values(view)]  # of more than two models there are many pairs
+    blocks += list(chain(*(scores if len(view.labels) <= 2 else scores[::-1]))) + paper_table(view)
     blocks += curves(view, folder) + spectra(view, folder) + pairs(view, folder)
     rows = [[Cell(name), Cell(text)] for name, text in flat(report.get("settings", {}))]
     return blocks + [Heading(2, "Settings"), Table(["Setting", "Value"], rows, "prose")]

@@ -4,6 +4,7 @@ The losses at fixed noise levels and, with --eval_samples, the distance of sampl
 """
 
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from data_utils import held_out_batch, held_out_caption
 from evaluation import ListedImages, StreamImages, measure
 from features import load_extractor
 from metrics import frechet_distance, kernel_distances, moments
+from objectives import make_lpl
 from train_utils import draw_share, drawing_settings, ema_weights
 
 
@@ -28,8 +30,12 @@ class HeldOut:
     stream: the held-out images, as a `TrainingStream`.
     """
 
-    def __init__(self, accelerator, args, family, stream):
+    def __init__(self, accelerator, args, family, lpl, stream):
         self.accelerator, self.args, self.family, self.stream = accelerator, args, family, stream
+        self.lpl = lpl
+        if lpl is None:  # to be compared with runs that have it
+            with suppress(UserError):
+                self.lpl = make_lpl(args, family.vae, family.unscale)
         if args.eval_samples:
             if len(stream.samples) < 2:
                 raise UserError("--eval_samples needs at least 2 images held out: raise --eval_share, or add images.")
@@ -44,10 +50,10 @@ class HeldOut:
     def __call__(self, training_step, weights, ema):
         """{name: number} for the log, of the average weights if there are any. All processes call this.
 
-        training_step: batch -> `Forward`.
+        training_step: LPL, batch -> `Forward`.
         """
         self.family.model.eval()
-        with ema_weights(ema, weights):
+        with ema_weights(ema, weights), self.family.on_device("decoder"):
             found = self.losses(training_step)
             if self.args.eval_samples:
                 found |= self.distances(weights)
@@ -59,6 +65,8 @@ class HeldOut:
         count, size = min(len(self.stream.samples), LOSS_IMAGES), self.args.train_batch_size
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        unknown = self.args.lpl_weighting == "balanced" and self.lpl is not None and self.lpl.weight is None
+        lpl = None if unknown else self.lpl  # balanced weights are measured when LPL starts
         found = []
         for first in range(0, len(batches), world):
             indices = batches[min(first + rank, len(batches) - 1)]  # all call the model as often: it may be sharded
@@ -67,7 +75,7 @@ class HeldOut:
             for number, level in enumerate(LEVELS):
                 positions = batch["positions"] + number * LOSS_IMAGES
                 quantiles = torch.full((len(indices),), level, dtype=torch.float64)
-                forward = training_step({**batch, "positions": positions, "quantiles": quantiles})
+                forward = training_step(lpl, {**batch, "positions": positions, "quantiles": quantiles})
                 if first + rank < len(batches):
                     found.append((len(indices), f"{forward.noise_levels[0]:.3g}", losses_of(forward)))
         return averages(gather_object(found))
@@ -81,8 +89,7 @@ class HeldOut:
             caption = held_out_caption(self.stream, i % len(self.stream.samples))
             return lambda draw: draw(str(caption), torch.Generator().manual_seed(args.seed + i), **settings)
 
-        with family.on_device("decoder"):
-            drawn = draw_share(accelerator, family, weights, [task(i) for i in range(args.eval_samples)])
+        drawn = draw_share(accelerator, family, weights, [task(i) for i in range(args.eval_samples)])
         if drawn is None:
             return {}
         see = partial(measure, extractors=[self.extractor], batch_size=args.train_batch_size)

@@ -5,6 +5,7 @@ size and the number of processes. It is kept as `{i}_seed{seed + i}.png`, which 
 appears when it is complete; a run that was interrupted draws what is missing.
 """
 
+import hashlib
 import inspect
 import json
 import os
@@ -19,14 +20,15 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from arguments import UserError, first_line
-from disk_cache import weights_hash
+from disk_cache import files_hash, weights_hash
 from family import LORA_FILE, NON_EMA, NON_EMA_LORA
 from loading import given_vae_config, hub_flags, load, load_part, load_vae
 from model_checks import PIPELINES, VAES, denoiser_of, is_folder_name
 from model_families import FAMILIES, ClassConditional
-from noise import prediction_type
+from noise import is_flow_scheduler, prediction_type
 from samplers import make_sampler
 
 
@@ -87,6 +89,9 @@ class Model:
         trained = self.lora or self.source
         own = own_scheduler(trained, args.cache_dir) if trained != self.base else None
         pipe.scheduler, sampler = make_sampler(own or pipe.scheduler, args.sampler)
+        trained = pipe.scheduler.config.get("num_train_timesteps", 1000)
+        if max(args.num_inference_steps) > trained and not is_flow_scheduler(pipe.scheduler):
+            raise UserError(f"--num_inference_steps: {self.name} was trained at {trained} noise levels: give no more.")
         pipe.set_progress_bar_config(disable=True)
         if args.offload and device.type == "cuda":
             pipe.enable_model_cpu_offload(device=device)
@@ -126,7 +131,8 @@ class Model:
                 setattr(pipe, self.part, model)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             remedy = "give the folder or Hub id of a LoRA that was trained on this model"
-            raise UserError(f"--lora {self.lora} can't be loaded ({first_line(error)}): {remedy}.") from error
+            reason = " ".join(str(error).split())[:300].rstrip(".")
+            raise UserError(f"--lora {self.lora} can't be loaded ({reason}): {remedy}.") from error
 
     def _load_stock_lora(self, pipe):
         ours = is_folder_name(self.lora) and Path(self.lora, LORA_FILE).exists()
@@ -204,9 +210,18 @@ def check_size(name, pipeline, resolution, config, vae_config):
 
 
 def identity(pipe):
-    """A hash of all weights that draw an image."""
-    modules = [module for _, module in sorted(pipe.components.items()) if isinstance(module, torch.nn.Module)]
-    return weights_hash(*(module.base_model if isinstance(module, PeftModel) else module for module in modules))
+    """Hashes of all `weights` that draw an image, and of the `settings` of scheduler, adapters and tokenizers."""
+    parts = [part for _, part in sorted(pipe.components.items())]
+    modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+    weights = weights_hash(*(module.base_model if isinstance(module, PeftModel) else module for module in modules))
+    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    for module in modules:
+        for name, config in getattr(module, "peft_config", {}).items():
+            settings[name, type(module).__name__] = [config.r, config.lora_alpha, config.rank_pattern, config.use_dora]
+            settings[name, type(module).__name__] += [config.alpha_pattern]
+    tokenizers = files_hash(*(part for part in parts if isinstance(part, PreTrainedTokenizerBase)))
+    described = repr(sorted((str(name), str(value)) for name, value in settings.items())) + tokenizers
+    return {"weights": weights, "settings": hashlib.sha256(described.encode()).hexdigest()}
 
 
 def own_scheduler(name, cache_dir):
@@ -287,18 +302,20 @@ def save_png(image, path, info=None):
 
 def claim_folder(folder, settings):
     """Note what the samples of a folder depend on. Raises UserError if there are some that depend on other things."""
-    path = Path(folder, "settings.json")
+    path, remedy = Path(folder, "settings.json"), "choose another --output_dir, or remove that folder"
     folder.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(settings))
-    if path.exists():
-        there = json.loads(path.read_text())
-        changed = [name for name in wanted | there if wanted.get(name) != there.get(name)]
+    if path.exists() or any(folder.glob("*.png")):
+        try:
+            there = json.loads(path.read_text())
+            changed = [name for name in wanted | there if wanted.get(name) != there.get(name)]
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{folder} has images that do not say how they were made: {remedy}.") from None
         if changed:
-            name = changed[0]
-            raise UserError(
-                f"{folder} holds samples of another {name.replace('_', ' ')} ({there.get(name)}, now "
-                f"{wanted.get(name)}): choose another --output_dir, or remove that folder."
-            )
+            values = [there.get(changed[0]), wanted.get(changed[0])]
+            hashes = any(isinstance(value, list) or len(str(value)) > 30 for value in values)
+            shown = "" if hashes else f" ({values[0]}, now {values[1]})"
+            raise UserError(f"{folder} has images made with other {changed[0].replace('_', ' ')}{shown}: {remedy}.")
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(wanted, indent=2) + "\n")

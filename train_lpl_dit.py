@@ -154,7 +154,7 @@ def main(args):
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     use_lpl = args.lpl_weight != 0
-    if not use_lpl and set(args.given_lpl_flags) - {"--lpl_weight"}:
+    if not use_lpl and not args.eval_steps and set(args.given_lpl_flags) - {"--lpl_weight"}:
         logger.warning("--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect.")
 
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
@@ -192,7 +192,9 @@ def main(args):
     if use_lpl:
         lpl = make_lpl(args, family.vae, family.unscale)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
-    held_out = HeldOut(accelerator, args, family, stream.held_out) if args.eval_steps and not args.dry_run else None
+    held_out = None
+    if args.eval_steps and not args.dry_run:
+        held_out = HeldOut(accelerator, args, family, lpl, stream.held_out)
     if args.with_prior_preservation:
         add_class_images(accelerator, args, family, stream)
     if not args.dry_run:
@@ -264,8 +266,7 @@ def main(args):
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
         if held_out is not None and held_out.is_due(global_step) and not wishes[0]:
-            step = partial(training_step, args, family, model, step_lpl)
-            log.write(global_step, held_out(step, weights, ema))
+            log.write(global_step, held_out(partial(training_step, args, family, model), weights, ema))
         if checkpoints.is_due(global_step, wishes):
             checkpoints.save(global_step, position, lpl)
         if checkpoints.is_over(global_step, wishes):

@@ -319,10 +319,10 @@ def test_statistics_come_back_as_they_were(tmp_path, sets):
     moments = metrics.moments(sets[1].features["means"])
     path = tmp_path / "new" / "reference_means.npz"
     for _ in range(2):  # a second time over the first
-        write_statistics(path, moments, "means")
+        write_statistics(path, moments, SimpleNamespace(name="means", settings={"weights_hash": "1a2b"}))
     assert [file.name for file in path.parent.iterdir()] == ["reference_means.npz"]
-    found, images = read_statistics(path, ["other", "means"])
-    assert images is None and found.keys() == {"means"} and found["means"].count == 50
+    found, weights, images = read_statistics(path, ["other", "means"])
+    assert images is None and weights == "1a2b" and found.keys() == {"means"} and found["means"].count == 50
     assert torch.equal(found["means"].mean, moments.mean)
     assert torch.equal(found["means"].covariance, moments.covariance)
     with np.load(path) as file:  # as ADM's evaluator reads it
@@ -335,14 +335,14 @@ def test_a_file_of_the_adm_evaluator(tmp_path):
     array, mean = random_images(5), np.arange(4, dtype=np.float32)
     statistics = {"mu": mean, "sigma": np.eye(4, dtype=np.float32), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
     np.savez(tmp_path / "both.npz", arr_0=array, **statistics)
-    moments, images = read_statistics(tmp_path / "both.npz", ["inception", "dinov2"])
-    assert moments.keys() == {"inception"} and moments["inception"].mean.dtype == torch.float64
+    moments, weights, images = read_statistics(tmp_path / "both.npz", ["inception", "dinov2"])
+    assert weights is None and moments.keys() == {"inception"} and moments["inception"].mean.dtype == torch.float64
     assert moments["inception"].mean.tolist() == [0, 1, 2, 3] and moments["inception"].count is None
     assert len(images) == 5 and torch.equal(images[2], torch.from_numpy(array[2]).permute(2, 0, 1))
-    moments, images = read_statistics(tmp_path / "both.npz", ["dinov2"])  # the images will do
+    moments, _, images = read_statistics(tmp_path / "both.npz", ["dinov2"])  # the images will do
     assert moments == {} and len(images) == 5
     np.savez(tmp_path / "images.npz", array)  # numpy calls it arr_0
-    moments, images = read_statistics(tmp_path / "images.npz", ["inception"])
+    moments, _, images = read_statistics(tmp_path / "images.npz", ["inception"])
     assert moments == {} and len(images) == 5
 
 

@@ -343,8 +343,9 @@ def test_a_clip_model_must_be_whole(clip, tmp_path):
 @pytest.fixture
 def inception(monkeypatch, tmp_path):
     """Its module. Where torchvision is not installed, empty modules stand for what torch-fidelity imports of it."""
+    monkeypatch.syspath_prepend(Path(sys.prefix, "inception"))  # where the Makefile puts it, for this test alone
     if importlib.util.find_spec("torch_fidelity") is None:
-        pytest.skip("torch-fidelity is not installed: `make .venv/inception`")
+        pytest.skip("torch-fidelity is not installed: `make .venv/inception/installed`")
     if importlib.util.find_spec("torchvision") is None:
         names = ("", ".datasets", ".transforms", ".transforms.functional")
         modules = {f"torchvision{name}": ModuleType(f"torchvision{name}") for name in names}

@@ -417,7 +417,7 @@ def test_the_levels_are_quantiles_of_those_that_are_trained(train):
     for timestep in (0.1 / 0.75 * 500, 0.5 / 0.75 * 500, 0.7 / 0.75 * 500):
         abar = scheduled[int(timestep)].double()
         assert f"eval_l2_at_{((1 - abar) / abar).sqrt().item():.3g}" in row
-    assert len(row) == 2 + len(LEVELS)
+    assert len([name for name in row if "l2_at" in name]) == len(LEVELS)
 
 
 def test_the_levels_of_flow_matching_are_quantiles_of_the_logit_normal(train_dit, tiny_pipeline):
@@ -427,11 +427,20 @@ def test_the_levels_of_flow_matching_are_quantiles_of_the_logit_normal(train_dit
         sigma = torch.special.ndtri(torch.tensor(level)).sigmoid().item()
         sigma = math.ceil(1000 * sigma) / 1000  # of a thousand levels
         assert f"eval_l2_at_{3 * sigma / (1 - sigma):.3g}" in row  # shifted by 3, as its scheduler does
-    assert len(row) == 2 + len(LEVELS)
+    assert len([name for name in row if "l2_at" in name]) == len(LEVELS)
 
 
-def test_before_lpl_begins_there_is_none(train):
-    before, after = evaluations(train(*LPL, *THIRD, "--lpl_start_step", 2))
+def test_lpl_is_measured_before_it_begins_and_where_it_is_off(train):
+    still = ("--learning_rate", 0, *THIRD)
+    before, _ = evaluations(train(*LPL, *still, "--lpl_start_step", 2, name="later"))
+    without, _ = evaluations(train("--lpl_weight", 0, *LPL[2:], *still, name="without"))
+    now, _ = evaluations(train(*LPL, *still, name="now"))
+    assert before == without == now and now["eval_lpl"] > 0
+
+
+def test_balanced_weights_are_not_known_before_lpl_begins(train):
+    flags = (*LPL, *THIRD, "--lpl_weighting", "balanced", "--lpl_start_step", 2, "--lpl_sigma_threshold", 20)
+    before, after = evaluations(train(*flags))
     assert "eval_l2" in before and not [name for name in before if "lpl" in name]
     assert after["eval_lpl"] > 0
 
@@ -443,7 +452,6 @@ def test_the_loss_falls_on_images_that_are_learned(train, tmp_path):
     (first,) = evaluations(train(*flags, "--eval_steps", 1, "--learning_rate", 0, steps=1, name="first", **data))
     (last,) = evaluations(train(*flags, "--eval_steps", 30, "--learning_rate", 5e-3, steps=30, name="last", **data))
     assert last["eval_l2"] < 0.8 * first["eval_l2"] and set(first) == set(last)
-    assert not [name for name in last if "lpl" in name]
 
 
 # The distances

@@ -68,7 +68,7 @@ def open_stream(dataset, tmp_path):
         args = Namespace(streaming=True, dataset_name=str(name), cache_dir=str(tmp_path / "cache"), id2label={})
         args.dataset_config_name = args.image_column = args.caption_column = args.label_column = args.buckets = None
         args.instance_prompt = args.caption_weights = args.validation_prompts = args.num_classes = None
-        args.trigger_word = args.max_bad_images = None
+        args.trigger_word = args.max_bad_images = args.eval_data_dir = args.eval_steps = None
         args.seed, args.resolution, args.shuffle_buffer_size, args.train_batch_size = 5, 8, BLOCK, 4
         args.center_crop = args.random_flip = False
         args.image_interpolation_mode, args.proportion_empty_prompts = "lanczos", 0.0
