@@ -15,7 +15,7 @@ from PIL import Image
 import metrics
 from arguments import UserError, as_flags, check_unused
 from captions import draw_text
-from data_sources import caption_of, files_identity, image_sizes, labels_of
+from data_sources import caption_of, files_identity, image_bytes, image_sizes, labels_of
 from data_utils import open_samples
 from disk_cache import weights_hash
 from evaluation import ImageFiles, StreamImages, log_power, moments_of, read_statistics, score
@@ -35,6 +35,7 @@ class Reference:
 
     def __init__(self, args, models):
         self.name, self.images, self.stream = args.reference, None, None
+        self.image_column, self.numbered = args.image_column, False
         self.moments, self.weights = {}, None  # statistics that came with the images, of a network with these weights
         if args.reference_kind == "npz":
             short = [short_name(name) for name in args.feature_extractor]
@@ -48,7 +49,7 @@ class Reference:
             return
         flags = dict.fromkeys(("train_data_dir", "dataset_name", "train_shards"), "reference")
         with as_flags(**flags, max_train_samples="max_reference_samples"):
-            self.stream = open_stream(args, models)
+            self.stream, self.numbered = open_stream(args, models)
         samples = self.stream.samples
         if isinstance(samples, list):  # several may be of the same image, and doubles are each other's neighbours
             self.images = StreamImages(self.stream, np.unique([path for path, _ in samples], return_index=True)[1])
@@ -94,13 +95,21 @@ class Reference:
         return hashlib.sha256(repr(captions).encode()).hexdigest()[:32]
 
     def identity(self):
-        """What reconstructions of the images depend on."""
-        files = None if self.stream is None else files_identity(self.stream.samples)
-        return [files, len(self.images), *getattr(self.images, "size", ())]
+        """A hash of all that reconstructions of the images depend on."""
+        if self.stream is None:
+            return hashlib.sha256(np.ascontiguousarray(self.images.array)).hexdigest()
+        samples, digest = self.stream.samples, hashlib.sha256(str(self.image_column).encode())
+        files = files_identity(samples)
+        for part in [files.encode()] if files else (image_bytes(samples, i) for i in range(len(samples))):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def open_stream(args, models):
-    """The reference as the training scripts read their data; images to compare --samples with need no captions."""
+    """The reference as the training scripts read their data; images to compare --samples with need no captions.
+
+    Returns the `TrainingStream`, and whether its classes have names of which no model knows the numbers.
+    """
     labels = bool(models) and models[0].num_classes is not None
     if labels or args.samples:
         check_unused(args, ["--caption_column", "--instance_prompt"], "classes" if labels else "--samples")
@@ -111,22 +120,29 @@ def open_stream(args, models):
     kept = "image_column caption_column label_column dataset_config_name cache_dir max_bad_images seed resolution"
     source |= {flag: getattr(args, flag) for flag in kept.split()}
     absent = "samples validation_prompts caption_weights trigger_word buckets".split()
-    return open_samples(
-        Namespace(
-            **source,
-            **dict.fromkeys(absent),
-            dataset_split=args.reference_split,
-            num_classes=models[0].num_classes if models else None,
-            id2label=dict(models[0].id2label) if models else {},
-            instance_prompt="" if args.samples else args.instance_prompt,
-            max_train_samples=args.max_reference_samples,
-            center_crop=True,
-            random_flip=False,
-            image_interpolation_mode="lanczos",
-            proportion_empty_prompts=0.0,
-            train_batch_size=args.batch_size,
-        )
+    known = {label: names for model in models for label, names in model.id2label.items()}  # they agree
+    flags = Namespace(
+        **source,
+        **dict.fromkeys(absent),
+        dataset_split=args.reference_split,
+        num_classes=models[0].num_classes if models else None,
+        id2label=dict(known),
+        instance_prompt="" if args.samples else args.instance_prompt,
+        max_train_samples=args.max_reference_samples,
+        center_crop=True,
+        random_flip=False,
+        image_interpolation_mode="lanczos",
+        proportion_empty_prompts=0.0,
+        train_batch_size=args.batch_size,
     )
+    stream = open_samples(flags)
+    strange = [names for label, names in flags.id2label.items() if known.get(label) != names]
+    if known and strange:
+        raise UserError(
+            f"--reference {args.reference}: the models have no class {strange[0]}; call its classes as they do, such "
+            f"as {next(iter(known.values()))}, or by their numbers."
+        )
+    return stream, bool(strange)
 
 
 class SampleSet(NamedTuple):
@@ -204,7 +220,7 @@ def prompts_in(images):
 def draw_set(accelerator, args, model, pipe, facts, setting, prompts):
     """The samples of a model in a setting, (steps, guidance scale), drawn by all processes.
 
-    facts: `sampler`, and the hashes `weights`, `settings` and `prompts`.
+    facts: what the samples depend on besides: `sampler`, and hashes.
     """
     steps, scale = setting
     words = [model.name]
@@ -395,8 +411,13 @@ def notes(args, reference, sets, real, floors, extractors):
             "The models have different VAEs: each one's distances to reconstructions are to those of its own and are "
             "not compared; what is shown as the floor is of the first."
         )
+    if reference.numbered:
+        said.append("No model has names for its classes: those of the reference are numbered in the order of theirs.")
     if args.samples and len(sets) > 1:
+        pairs = zip(*([Path(path).stem for path in s.images.paths] for s in sets))
+        differ = next((names for names in pairs if len(set(names)) > 1), None)
         said.append(
-            "That the images are pairs, of the same noise and prompt, was taken from the order of their names."
+            "That the images are pairs, of the same noise and prompt, is taken from the order of their names"
+            + (f", which differ: {' is compared with '.join(differ)}." if differ else ".")
         )
     return said

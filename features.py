@@ -155,6 +155,8 @@ class TransformersExtractor(Network):
             inputs = self._inputs(image)
             once, again = self._outputs(inputs), self._outputs(inputs)
             found = {kind: FEATURES[kind](once) for kind in FEATURES if _gives(self.model, once, kind)}
+            if found and not missing and not next(iter(found.values())).isfinite().all():
+                raise ValueError("they are not finite")
             kind = next((kind for kind, features in found.items() if features.isfinite().all()), None)
             if kind and not torch.allclose(found[kind], FEATURES[kind](again), rtol=1e-3, atol=1e-5):
                 raise ValueError("they differ each time")

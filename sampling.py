@@ -210,7 +210,7 @@ def check_size(name, pipeline, resolution, config, vae_config):
 
 
 def identity(pipe):
-    """Hashes of all `weights` that draw an image, and of the `settings` of scheduler, adapters and tokenizers."""
+    """Hashes of all `weights` that draw an image, and of the settings of its scheduler, adapters and tokenizers."""
     parts = [part for _, part in sorted(pipe.components.items())]
     modules = [part for part in parts if isinstance(part, torch.nn.Module)]
     weights = weights_hash(*(module.base_model if isinstance(module, PeftModel) else module for module in modules))
@@ -221,7 +221,7 @@ def identity(pipe):
             settings[name, type(module).__name__] += [config.alpha_pattern]
     tokenizers = files_hash(*(part for part in parts if isinstance(part, PreTrainedTokenizerBase)))
     described = repr(sorted((str(name), str(value)) for name, value in settings.items())) + tokenizers
-    return {"weights": weights, "settings": hashlib.sha256(described.encode()).hexdigest()}
+    return {"weights": weights, "scheduler_or_adapters": hashlib.sha256(described.encode()).hexdigest()}
 
 
 def own_scheduler(name, cache_dir):
