@@ -72,7 +72,10 @@ class Reference:
 
     def smaller_than(self, resolution):
         """How many of the images had to be enlarged."""
-        return sum(min(size) < resolution for size in image_sizes(self.stream.samples)) if self.stream else 0
+        if self.stream is None:
+            return 0
+        sizes = image_sizes(self.stream.samples)
+        return sum(min(sizes[i]) < resolution for i in self.images.indices)
 
     def check(self, extractors):
         """Raises UserError if statistics that came with the images are of other features than these networks'."""
@@ -136,7 +139,8 @@ def open_stream(args, models):
         train_batch_size=args.batch_size,
     )
     stream = open_samples(flags)
-    strange = [names for label, names in flags.id2label.items() if known.get(label) != names]
+    classes = flags.id2label.items()  # with those of the data
+    strange = [names for label, names in classes if known.get(label) != names and not names.isdecimal()]
     if known and strange:
         raise UserError(
             f"--reference {args.reference}: the models have no class {strange[0]}; call its classes as they do, such "

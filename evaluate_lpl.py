@@ -233,9 +233,8 @@ def check_scores(args):
         args.feature_extractor = ["dinov2"]
         if inception_available():
             args.feature_extractor.append("inception")
-        else:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print("Inception's metrics are left out: `pip install torch-fidelity` brings them.", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print("Inception's metrics are left out: `pip install torch-fidelity` brings them.", file=sys.stderr)
     for name in args.feature_extractor:
         check_extractor(name)
     short = [short_name(name) for name in args.feature_extractor]
@@ -295,6 +294,7 @@ def main(args):
     extractors = [load_extractor(name, "cpu", args.cache_dir) for name in args.feature_extractor]
     reference.check(extractors)
     clip = ClipScorer(args.clip_model, "cpu", args.cache_dir) if wants_clip(args, models) else None
+    captions = {s.name: prompts_in(s.images) for s in sets} if clip else {}
 
     # The samples, paired; and what the models' VAE makes of the real images, which is as good as they can get.
     for model in models:
@@ -321,8 +321,8 @@ def main(args):
     floors = {name: see(images, title="Measuring reconstructions") for name, images in rebuilt.items()}
     scored = {}
     for s in sets:
-        captions = prompts or (prompts_in(s.images) if clip else None)
-        measured = see(s.images, clip=clip, captions=captions, title=f"Measuring {s.name}")
+        texts = captions.get(s.name, prompts)
+        measured = see(s.images, clip=clip, captions=texts, title=f"Measuring {s.name}")
         if accelerator.is_main_process:
             real.moments |= reference.moments
             scored[s.name] = score_set(args, measured, real, floors.get(s.vae), accelerator.device)
