@@ -50,11 +50,7 @@ class Reference:
         flags = dict.fromkeys(("train_data_dir", "dataset_name", "train_shards"), "reference")
         with as_flags(**flags, max_train_samples="max_reference_samples"):
             self.stream, self.numbered = open_stream(args, models)
-        samples = self.stream.samples
-        if isinstance(samples, list):  # several may be of the same image, and doubles are each other's neighbours
-            self.images = StreamImages(self.stream, np.unique([path for path, _ in samples], return_index=True)[1])
-        else:
-            self.images = StreamImages(self.stream)
+        self.images = StreamImages(self.stream)
 
     def prompts(self, args, models):
         """Captions or class labels of the samples: those of the images, in an order drawn with the seed."""

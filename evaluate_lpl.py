@@ -325,7 +325,8 @@ def main(args):
         measured = see(s.images, clip=clip, captions=texts, title=f"Measuring {s.name}")
         if accelerator.is_main_process:
             real.moments |= reference.moments
-            scored[s.name] = score_set(args, measured, real, floors.get(s.vae), accelerator.device)
+            device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # it has no float64
+            scored[s.name] = score_set(args, measured, real, floors.get(s.vae), device)
     accelerator.state.destroy_process_group()
     if not accelerator.is_main_process:
         return

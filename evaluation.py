@@ -62,10 +62,16 @@ class ImageFiles(Images):
 
 
 class StreamImages(Images):
-    """The images of a `TrainingStream`, cropped in the middle as in training."""
+    """The images of a `TrainingStream`, the first `most`, cropped in the middle as in training.
 
-    def __init__(self, stream, indices=None):
-        self.stream, self.indices = stream, range(len(stream.samples)) if indices is None else indices
+    Of several samples of one file it has the first: doubles would be each other's nearest neighbours.
+    """
+
+    def __init__(self, stream, most=None):
+        self.stream, self.indices = stream, range(len(stream.samples))
+        if isinstance(stream.samples, list):
+            self.indices = np.unique([path for path, _ in stream.samples], return_index=True)[1].tolist()
+        self.indices = self.indices[:most]
 
     def __len__(self):
         return len(self.indices)

@@ -37,7 +37,8 @@ class HeldOut:
             with suppress(UserError):
                 self.lpl = make_lpl(args, family.vae, family.unscale)
         if args.eval_samples:
-            if len(stream.samples) < 2:
+            self.images = StreamImages(stream, REFERENCE_IMAGES)
+            if len(self.images) < 2:
                 raise UserError("--eval_samples needs at least 2 images held out: raise --eval_share, or add images.")
             with as_flags(feature_extractor="eval_feature_extractor"):
                 self.extractor = load_extractor(args.eval_feature_extractor, "cpu", args.cache_dir)
@@ -96,8 +97,7 @@ class HeldOut:
         self.extractor.to(accelerator.device)
         with as_flags(feature_extractor="eval_feature_extractor"):
             if not self.seen:
-                images = StreamImages(self.stream, range(min(len(self.stream.samples), REFERENCE_IMAGES)))
-                self.seen, self.reference = True, see(accelerator, images, title="Measuring held-out images")
+                self.seen, self.reference = True, see(accelerator, self.images, title="Measuring held-out images")
             samples = see(accelerator, ListedImages(dict(drawn), args.eval_samples), title="Measuring samples")
         self.extractor.to("cpu")
         if not accelerator.is_main_process:

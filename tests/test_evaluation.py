@@ -113,17 +113,24 @@ def test_images_of_a_stream_are_those_of_training_cropped_in_the_middle(tmp_path
     folder = build_photo_folder(tmp_path, n=4, size=(96, 80))
     samples = read_image_folder(str(folder))
     stream = TrainingStream(samples, seed=0, resolution=64, random_flip=True, center_crop=True)
-    images = StreamImages(stream, [2, 0])
-    assert len(images) == 2 and len(StreamImages(stream)) == 4
-    assert images[0].dtype == torch.uint8 and images.name(0) == str(folder / "photo_0002.png")
+    images = StreamImages(stream, 3)
+    assert len(images) == 3 and len(StreamImages(stream)) == 4
+    assert images[2].dtype == torch.uint8 and images.name(2) == str(folder / "photo_0002.png")
     expected = Image.open(folder / "photo_0002.png").resize((76, 64), Image.LANCZOS).crop((6, 0, 70, 64))
-    difference = images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected, int)
+    difference = images[2].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected, int)
     assert np.abs(difference).max() <= 1
     seen = torch.from_numpy(stream.view(2, flip=False)["pixel_values"])
-    assert (images[0] / 127.5 - 1 - seen).abs().max() <= 1 / 255
+    assert (images[2] / 127.5 - 1 - seen).abs().max() <= 1 / 255
     (folder / "photo_0000.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"photo_0000.png can't be read \(.*\): repair or remove it."):
-        images[1]
+        images[0]
+
+
+def test_several_samples_of_one_file_are_one_image(tmp_path):
+    folder = build_photo_folder(tmp_path, n=3, size=64)
+    samples = [(path, f"{caption} {i}") for path, caption in read_image_folder(str(folder)) for i in range(3)]
+    images = StreamImages(TrainingStream(samples[::-1], seed=0, resolution=64))
+    assert [images.name(i) for i in range(len(images))] == [str(folder / f"photo_000{i}.png") for i in range(3)]
 
 
 def test_images_in_memory():
