@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--caption_column", nargs="+", metavar="COLUMN", help="column with the captions")
     add("--label_column", help="column with the class labels")
     add("--instance_prompt", help="caption of all images that have none of their own")
-    add("--max_reference_samples", type=int, default=50_000, help="use this many of the images, drawn with the seed")
+    add("--max_reference_samples", type=int, default=50_000, help="use this many of its samples, drawn with the seed")
     add("--max_bad_images", type=int, help="unreadable images to leave out before giving up; by default none")
     add = parser.add_argument_group("samples").add_argument
     add("--num_samples", type=int, help="samples of each model; by default as many as there are reference images")

@@ -323,6 +323,7 @@ class ClipScorer(Network):
     """
 
     def __init__(self, model=CLIP, device="cpu", cache_dir=None):
+        import torch
         from transformers import AutoTokenizer
 
         from loading import load
@@ -335,6 +336,9 @@ class ClipScorer(Network):
             raise UserError(f"{CLIP_FLAG} {model} lacks {lacks}: {REMEDY[CLIP_FLAG]}.")
         self.tokenizer = load(AutoTokenizer, model, CLIP_FLAG, cache_dir=cache_dir)
         self.settings = {"model": public_name(model), "weights_hash": _weights_hash(self.model)}
+        grey = torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)
+        if not self(grey, ["a photo"]).isfinite().all():
+            raise UserError(f"{CLIP_FLAG} {model} gives scores that are not finite: {REMEDY[CLIP_FLAG]}.")
 
     def __call__(self, images, captions):
         """uint8 `[B, 3, H, W]` and B texts -> float64 `[B]` on the CPU."""

@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -23,7 +26,10 @@ from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_tokenizer
 
 import evaluate_lpl
 import metrics
+import train_lpl_sd
 from arguments import UserError
+from comparison import Reference
+from data_sources import HubSamples
 from features import ClipScorer, load_extractor
 
 
@@ -220,7 +226,9 @@ def test_reconstructions_are_the_vaes_mean_decoded_and_scored_like_a_model(compa
     assert not torch.equal(*found), "each model has those of its own VAE"
     floor = report["reference"]["reconstructions"]["metrics"]
     assert floor["frechet_distance"] > 0 and not any("reconstructed" in name for name in floor)
-    assert any("different VAEs" in note for note in report["notes"])
+    assert any("different VAEs" in note and "not compared" in note for note in report["notes"])
+    assert all("kernel_distance_reconstructed" in model["metrics"] for model in report["models"])
+    assert not any("reconstructed" in name for name in report["differences"][0]["metrics"])
 
 
 def test_settings_and_files(compared, extractor):
@@ -259,7 +267,7 @@ def test_a_copy_draws_the_same_images_and_the_differences_are_exactly_0(tiny_sd,
     images = [pixels(files(tmp_path / "out", name)) for name in ("one", "copy")]
     assert torch.equal(*images) and len(images[0].flatten(1).unique(dim=0)) == SAMPLES
     (difference,) = report["differences"]
-    assert len(difference["metrics"]) > 8
+    assert "kernel_distance_reconstructed" in difference["metrics"]
     for entry in difference["metrics"].values():
         assert entry == {"difference": 0, "interval": [0, 0], "samples_needed": None}
 
@@ -439,6 +447,58 @@ def test_another_model_or_reference_in_the_same_folder_is_refused(begun, tiny_sd
     assert state(before) == before
 
 
+def test_another_scheduler_in_the_same_folder_is_refused(begun, tiny_sd, words, tmp_path):
+    changed = shutil.copytree(tiny_sd, tmp_path / "changed")
+    path = changed / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    message = refused(begun, "--model", changed, *words, "--names", "a")
+    assert "samples/a has images made with other scheduler" in message and "choose another --output_dir" in message
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_images_that_do_not_say_how_they_were_made_are_refused(begun, tiny_sd, words, tmp_path, content):
+    output = shutil.copytree(begun, tmp_path / "out")
+    path = output / "samples" / "a" / "settings.json"
+    path.unlink() if content is None else path.write_text(content)
+    message = refused(output, "--model", tiny_sd, *words, "--names", "a")
+    assert f"{path.parent} has images that do not say how they were made" in message
+
+
+def test_reconstructions_of_another_reference_are_refused(tiny_pipeline, photos, extractor, tmp_path):
+    """Of as many images of the same size, in a file of the same name; and of another column of the same dataset."""
+    array = reference_pixels(photos).permute(0, 2, 3, 1).numpy()
+    path, output = tmp_path / "images.npz", tmp_path / "npz"
+    np.savez(path, arr_0=array)
+    words = ("--model", tiny_pipeline("DiT"), "--feature_extractor", extractor, "--reference")
+    evaluate(output, *words, path)
+    before = state(output.glob("*/*/*.png"))
+    np.savez(path, arr_0=255 - array)
+    message = refused(output, *words, path)
+    assert "reconstructions/" in message and "made with other reference: choose another --output_dir" in message
+    pictures = [str(file) for file in sorted(photos.glob("*.png"))]
+    columns = {"image": pictures, "other": pictures[::-1], "label": [0] * len(pictures)}
+    dataset = datasets.Dataset.from_dict(columns)
+    for column in ("image", "other"):
+        dataset = dataset.cast_column(column, datasets.Image())
+    dataset.save_to_disk(tmp_path / "data")
+    evaluate(tmp_path / "columns", *words, tmp_path / "data", "--image_column", "image")
+    message = refused(tmp_path / "columns", *words, tmp_path / "data", "--image_column", "other")
+    assert "made with other reference" in message
+    assert state(output.glob("*/*/*.png")) == before
+
+
+def test_images_in_memory_are_known_by_what_they_are():
+    def identity(seed):
+        pixels = np.random.default_rng(seed).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+        features = datasets.Features(image=datasets.Image(decode=False))
+        dataset = datasets.Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels]}, features)
+        samples = HubSamples(dataset, "image", [], np.arange(3))
+        assert samples.files_identity() is None
+        return Reference.identity(SimpleNamespace(stream=SimpleNamespace(samples=samples), image_column=None))
+
+    assert identity(0) == identity(0) != identity(1)
+
+
 def test_other_captions_of_the_same_images_are_refused(tiny_sd, photos, extractor, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -518,7 +578,7 @@ def test_folders_of_samples_have_the_scores_of_the_models_that_drew_them(compare
         assert entry["difference"] == pytest.approx(expected["difference"], rel=1e-6, abs=1e-9)
         assert entry["interval"] == pytest.approx(expected["interval"], rel=1e-6, abs=1e-9)
     assert report["reference"]["reconstructions"] is None
-    assert "taken from the order of their names" in " ".join(report["notes"])
+    assert "taken from the order of their names." in " ".join(report["notes"])
 
 
 def test_samples_drawn_here_say_their_captions_to_clip(compared, photos, words, clip, tmp_path):
@@ -538,6 +598,55 @@ def test_an_enlarged_reference_is_noted(photos, words, tmp_path):
     assert "10 of the 10 reference images are smaller than 80 pixels" in " ".join(report["notes"])
     report = evaluate(tmp_path / "out", "--samples", photos, *words, small=small)
     assert "enlarged" not in " ".join(report["notes"])
+
+
+def test_images_count_once_however_many_rows_they_have(photos, words, tmp_path):
+    """Else they are each other's nearest neighbours."""
+    rows = (photos / "metadata.jsonl").read_text().splitlines()
+    larger, reports = build_photo_folder(tmp_path / "larger", n=8, size=80, seed=1), []
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    for count in (1, 3, 6):
+        (folder / "metadata.jsonl").write_text("\n".join(rows * count))
+        run = ("--samples", larger, "--reference", folder, *words[2:])
+        reports.append(evaluate(tmp_path / str(count), *run, small=("--k", K, "--half_samples", HALVES)))
+        same_report(without(reports[-1], "samples"), without(reports[0], "samples"))
+    assert reports[0]["settings"]["num_reference_samples"] == 10
+    noted = " ".join(reports[0]["notes"])
+    assert "doubles" not in noted and "10 of the 10 reference images are smaller than 80 pixels" in noted
+
+
+def test_equal_files_are_noted(photos, words, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "photos", ignore=shutil.ignore_patterns("metadata.jsonl"))
+    shutil.copy(folder / "photo_0001.png", folder / "again.png")
+    run = ("--samples", photos, "--reference", folder, *words[2:], "--batch_size", 3)
+    report = evaluate(tmp_path / "out", *run, small=("--k", K, "--half_samples", HALVES))
+    assert "1 of the 11 reference images are doubles" in " ".join(report["notes"])
+
+
+def numbers(value):
+    """All of a report's numbers."""
+    if isinstance(value, (dict, list)):
+        return [
+            number for child in (value.values() if isinstance(value, dict) else value) for number in numbers(child)
+        ]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_a_reference_of_one_colour_gives_finite_numbers(photos, words, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(8):
+        Image.new("RGB", (72, 72), (128, 128, 128)).save(tmp_path / "flat" / f"{i}.png")
+    run = ("--samples", photos, "--reference", tmp_path / "flat", *words[2:])
+    report = evaluate(tmp_path / "out", *run, small=("--k", K, "--half_samples", HALVES))
+    assert "spectrum_error" in report["models"][0]["metrics"]
+    assert np.isfinite(numbers(report)).all()
+
+
+def test_folders_whose_names_differ_are_noted(photos, words, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved", ignore=shutil.ignore_patterns("*.jsonl", "photo_0003.png"))
+    run = ("--samples", photos, moved, *words, "--num_samples", 9)
+    report = evaluate(tmp_path / "out", *run, small=("--k", K, "--half_samples", HALVES))
+    assert "photo_0003 is compared with photo_0004." in " ".join(report["notes"])
 
 
 def test_a_model_can_be_compared_with_its_own_weights_beside_the_average(tiny_sd, other, words, tmp_path):
@@ -586,6 +695,48 @@ def test_a_folder_with_a_sub_folder_for_each_class_gives_the_labels(tiny_pipelin
     assert sorted(labels) == ["207"] * 4 + ["980"] * 4 and labels != sorted(labels)
     assert report["settings"]["num_reference_samples"] == 8
     assert "clip_score" not in report["models"][0]["metrics"]
+
+
+@pytest.fixture(scope="module")
+def nameless(tiny_pipeline, tmp_path_factory):
+    """The tiny DiT without names of its classes."""
+    folder = shutil.copytree(tiny_pipeline("DiT"), tmp_path_factory.mktemp("models") / "nameless")
+    path = folder / "model_index.json"
+    index = {name: value for name, value in json.loads(path.read_text()).items() if name != "id2label"}
+    path.write_text(json.dumps(index))
+    return folder
+
+
+def labels_drawn(output, name):
+    return [text["prompt"] for text in texts(files(output, name))]
+
+
+def test_class_names_may_be_known_to_the_second_model_alone(
+    nameless, tiny_pipeline, class_folders, extractor, tmp_path
+):
+    models = ("--model", nameless, tiny_pipeline("DiT"))
+    report = evaluate(tmp_path / "out", *models, "--reference", class_folders, "--feature_extractor", extractor)
+    for name in ("nameless", "DiT"):
+        assert sorted(labels_drawn(tmp_path / "out", name)) == ["207"] * 4 + ["980"] * 4
+    assert "numbered" not in " ".join(report["notes"])
+
+
+def test_class_names_that_no_model_knows(nameless, tiny_pipeline, photos, extractor, tmp_path):
+    """Refused, unless the models know none; numbers mean themselves."""
+    folders = {"names": ("cats", "dogs"), "numbers": ("3", "30")}
+    for kind, classes in folders.items():
+        for start, name in zip((0, 5), classes):
+            (tmp_path / kind / name).mkdir(parents=True)
+            for i in range(start, start + 5):
+                shutil.copy(photos / f"photo_{i:04d}.png", tmp_path / kind / name)
+    words = ("--feature_extractor", extractor, "--reference")
+    message = refused(tmp_path / "out", "--model", tiny_pipeline("DiT"), *words, tmp_path / "names")
+    assert "no class cats" in message and "--reference" in message
+    for kind, labels, is_noted in (("names", {"0", "1"}, True), ("numbers", {"3", "30"}, False)):
+        output = tmp_path / f"out-{kind}"
+        report = evaluate(output, "--model", nameless, *words, tmp_path / kind)
+        assert set(labels_drawn(output, "nameless")) == labels
+        assert ("numbered in the order of theirs" in " ".join(report["notes"])) == is_noted
 
 
 def test_a_dataset_that_was_saved_and_one_of_its_splits(photos, tiny_sd, words, extractor, tmp_path):
@@ -637,6 +788,17 @@ def test_statistics_that_were_written_are_the_reference_they_came_from(compared,
     assert model["metrics"].keys() == {"frechet_distance", "sharpness"}
     assert model["metrics"]["frechet_distance"] == pytest.approx(models(drawn)["after"]["metrics"]["frechet_distance"])
     assert report["settings"]["num_reference_samples"] is None and report["reference"]["spectrum"] is None
+
+
+def test_statistics_of_another_network_of_the_same_name_are_refused(compared, photos, tmp_path):
+    model = tiny("Dinov2Model")
+    model.layernorm.bias.data += 0.1
+    other = save(tmp_path / "vit", model, {"height": 28, "width": 28})
+    path = compared[0] / "statistics" / "reference_vit.npz"
+    words = ("--samples", photos, "--reference", path, "--feature_extractor", other)
+    message = refused(tmp_path / "out", *words, small=("--k", K))
+    assert f"--reference {path}" in message and "by a network with other weights" in message
+    assert "--feature_extractor" in message
 
 
 def test_images_in_an_npz_are_a_reference(compared, photos, extractor, tmp_path):
@@ -742,11 +904,12 @@ def flag_refusals(sd, photos, tmp_path):
         ((*model, "--clip_model", empty), "--clip_model"),
         ((*model, "--seed", 2**64), f"--seed {2**64} is too large"),
         ((*model, "--output_dir", photos / "out"), "lies in"),
+        ((*model, "--output_dir", file / "out"), f"--output_dir {file / 'out'} can't be written"),
         ((*model, "--reference_split", "test"), "--reference_split has no effect on --reference"),
     ]
 
 
-CASES = range(35)
+CASES = range(36)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -756,6 +919,36 @@ def test_a_wrong_flag_is_refused_with_a_remedy(refuse, tiny_sd, photos, tmp_path
     flags, sentence = cases[case]
     message = refuse(*map(str, flags))
     assert sentence in message and message.rstrip().endswith(".")
+
+
+def test_the_commands_of_the_readme_are_accepted(tiny_sd, photos, extractor, tmp_path, monkeypatch):
+    """With folders in the place of those that it names."""
+    monkeypatch.chdir(tmp_path)
+    there = {"--model": tiny_sd, "--reference": photos, "--feature_extractor": extractor}
+    blocks = [block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```bash")[1:]]
+    commands = [
+        line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "evaluate_lpl.py" in line
+    ]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        words, flag = words[words.index("evaluate_lpl.py") + 1 :], None
+        for word in words:
+            flag = word if word.startswith("--") else flag
+            if flag in there and word != flag and not Path(word).exists():
+                Path(word).parent.mkdir(parents=True, exist_ok=True)
+                Path(word).symlink_to(there[flag])
+        args = parse_words(words)
+        assert args.entries and args.reference_kind == "train_data_dir"
+
+
+def test_the_readme_names_flags_that_there_are(known_flags, monkeypatch):
+    """Of this script or, where models come from, of training."""
+    monkeypatch.setattr(train_lpl_sd, "parse_and_check", lambda parser, argv: parser)
+    training = set(train_lpl_sd.parse_args()._option_string_actions)
+    (section,) = re.findall(r"\n## Is it better\?\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = named_flags(section)
+    assert "--half_samples" in named and named <= known_flags | training
 
 
 def test_a_wrong_flag_is_told_before_libraries_are_loaded(words, tmp_path):
@@ -798,7 +991,9 @@ def test_too_few_samples_or_images(tiny_sd, words, photos, extractor, tmp_path, 
 def test_an_odd_number_of_samples_may_be_just_enough(photos, words, tmp_path):
     small = ("--k", K, "--half_samples", HALVES, "--num_samples", 7)
     report = evaluate(tmp_path / "out", "--samples", photos, *words, small=small)
-    assert report["models"][0]["metrics"]["precision"] == 1
+    model = report["models"][0]
+    assert model["metrics"]["precision"] == 1 and "precision" not in model["intervals"], "all halves agree"
+    assert "frechet_distance" in model["intervals"]
 
 
 def test_samples_of_several_sizes_or_numbers(photos, words, tmp_path):
@@ -934,17 +1129,23 @@ def test_npz_files_that_can_not_be_used(photos, extractor, tmp_path, arrays, sen
 
 
 def test_an_npz_of_images_of_another_size(photos, extractor, tiny_pipeline, tmp_path):
-    np.savez(tmp_path / "images.npz", arr_0=reference_pixels(photos, 32).permute(0, 2, 3, 1).numpy())
     words = ("--reference", tmp_path / "images.npz", "--feature_extractor", extractor)
-    for run, small in ((("--samples", photos), ("--k", K)), (("--model", tiny_pipeline("DiT")), SMALL)):
-        message = refused(tmp_path / "out", *run, *words, small=small)
-        assert "images of 32 x 32 pixels" in message and "another one" in message
+    samples = build_photo_folder(tmp_path / "samples", n=6, size=64)
+    for width, height in ((32, 32), (48, 64)):
+        array = reference_pixels(photos)[:, :, :height, :width].permute(0, 2, 3, 1).numpy()
+        np.savez(tmp_path / "images.npz", arr_0=array)
+        for run, small in ((("--samples", samples), ("--k", K)), (("--model", tiny_pipeline("DiT")), SMALL)):
+            message = refused(tmp_path / "out", *run, *words, small=small)
+            assert f"images of {width} x {height} pixels" in message and "another one" in message
 
 
 def test_precision_sizes_and_parts_that_a_model_does_not_have(
     tiny_sd, tiny_pipeline, words, class_folders, extractor, tmp_path, nothing_drawn
 ):
     run = ("--model", tiny_sd, *words)
+    for sampler in ("auto", "rk4"):
+        message = refused(tmp_path / "out", *run, "--num_inference_steps", 5, 2000, "--sampler", sampler)
+        assert "--num_inference_steps" in message and "1000 noise levels" in message
     assert "--mixed_precision fp16 needs a GPU" in refused(tmp_path / "out", *run, "--mixed_precision", "fp16")
     message = refused(tmp_path / "out", *run, "--resolution", 68)
     assert "--resolution 68 must be a multiple of 8" in message

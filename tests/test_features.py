@@ -195,6 +195,14 @@ def test_weights_that_are_not_needed_may_lack(tmp_path, images):
     assert torch.equal(load_extractor(damage(name, "mask_token"), "cpu")(images).features, whole)
 
 
+def test_weights_that_are_there_must_be_finite(tmp_path):
+    """Else other features would be taken, as where they lack."""
+    model = tiny("ViTModel")
+    model.pooler.dense.bias.data[0] = torch.nan
+    with pytest.raises(UserError, match=r"^--feature_extractor .* gives no features \(they are not finite\)"):
+        load_extractor(save(tmp_path, model), "cpu")
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -331,6 +339,11 @@ def test_a_clip_model_must_be_whole(clip, tmp_path):
     with pytest.raises(UserError, match="^--clip_model .* lacks preprocessor_config.json: give "):
         ClipScorer(name)
     Path(tmp_path, "kept.json").rename(Path(name, "preprocessor_config.json"))
+    broken = tiny("CLIPModel")
+    broken.visual_projection.weight.data[0, 0] = torch.nan
+    build_tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="^--clip_model .* not finite: give "):
+        ClipScorer(save(tmp_path / "broken", broken))
     with pytest.raises(UserError, match="^--clip_model .* lacks text_projection.weight: give "):
         ClipScorer(damage(name, "text_projection"))
     with pytest.raises(UserError, match="^--clip_model .* lacks an encoder of texts: give "):

@@ -151,8 +151,16 @@ def write_wide_and_high(folder, photos):
     return ("--train_data_dir", folder, "--aspect_ratio_buckets", "64,64;64,128;128,64")
 
 
+def write_three_rows_an_image(folder, photos):
+    shutil.copytree(photos, folder)
+    rows = (photos / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(rows * 3))
+    return ("--train_data_dir", folder)
+
+
 SOURCES = {
     "folder": lambda folder, photos: ("--train_data_dir", photos),
+    "three rows an image": write_three_rows_an_image,
     "class folders": write_class_folders,
     "dataset": write_dataset,
     "shards": write_shards,
@@ -182,7 +190,9 @@ def test_what_is_held_out_is_never_trained_on_and_all_else_is(tiny_sd, tiny_pipe
     shared = (source, tiny_sd, tiny_pipeline, photos, tmp_path)
     stream = stream_of(*shared, *THIRD, "--random_flip", "--proportion_empty_prompts", 0.5)
     held_out, seen = held_out_ids(stream.held_out), trained_ids(stream)
-    assert len(set(held_out)) == 3 and stream.num_samples == 7
+    rows = 3 if source == "three rows an image" else 1
+    assert sorted(held_out) == sorted([*set(held_out)] * rows) and len(set(held_out)) == 3
+    assert stream.num_samples == 7 * rows
     assert set(seen) == set(range(10)) - set(held_out)
     assert held_out == held_out_ids(stream.held_out)
 

@@ -351,6 +351,19 @@ def test_the_hash_tells_all_weights_apart(draw, trained, tiny_sd, tmp_path):
     assert len(hashes) == 5
 
 
+def test_the_identity_tells_strengths_of_a_lora_and_schedulers_apart(trained, tiny_sd):
+    pipe = load_stock(tiny_sd)
+    pipe.load_lora_weights(trained("SD", *LORA))
+    found = [identity(pipe), identity(pipe)]
+    next(iter(pipe.unet.peft_config.values())).lora_alpha *= 2
+    found.append(identity(pipe))
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    found.append(identity(pipe))
+    assert found[0] == found[1]
+    assert len({entry["scheduler_or_adapters"] for entry in found}) == 3
+    assert len({entry["weights"] for entry in found}) == 1
+
+
 def test_the_hash_includes_projections_of_text_encoders(tiny_sdxl):
     pipe = load_stock(tiny_sdxl)
     before = identity(pipe)["weights"]
