@@ -358,10 +358,10 @@ def add_output_arguments(parser, guidance_scale=None):
     add("--validation_inference_steps", type=int, default=25, help="sampler steps of the drawings")
     add("--eval_steps", type=int, help="optimizer steps between evaluations on images held out of training: the "
         "losses at fixed noise levels")
-    add("--eval_data_dir", metavar="FOLDER", help="these images, a folder like --train_data_dir; by default")
-    add("--eval_share", type=number, default=0.1, help="this share of the training images is held out")
-    add("--eval_samples", type=int, default=0, help="images to draw at each evaluation; their Frechet and kernel "
-        "distances to those held out are logged, as of a small sample")
+    add("--eval_share", type=number, default=0.1, help="share of the training images that is held out")
+    add("--eval_data_dir", metavar="FOLDER", help="a folder of other images for that, like --train_data_dir")
+    add("--eval_samples", type=int, default=0, help="images to draw at each evaluation, with the --validation_ flags' "
+        "guidance and steps; their Frechet and kernel distances to those held out are logged, as of a small sample")
     add("--eval_feature_extractor", metavar="MODEL", default="dinov2", help="Hub id or folder of the vision model "
         "whose features are compared, dinov2 or inception")
     add("--skip_final_inference", action="store_true", help="do not load the result and draw the prompts at the end")
