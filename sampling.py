@@ -185,9 +185,9 @@ class ModelSource:
 
 
 def made_for(pipeline, config, vae_config):
-    """Pixels of a side: by the denoiser's config, else those that the training scripts take."""
+    """Pixels of a side: by the denoiser's config, or what the pipelines of those take that do not say."""
     size = config.get("sample_size")
-    return size * pixels_per_latent(vae_config) if isinstance(size, int) else 512
+    return size * pixels_per_latent(vae_config) if isinstance(size, int) else 1024
 
 
 def pixels_per_latent(vae_config):
