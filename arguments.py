@@ -47,16 +47,37 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are one sentence instead of a page of usage."""
+    """argparse without abbreviations, whose errors are one sentence instead of a page of usage.
+
+    refused: flags that users may know from other scripts -> what to do instead.
+    """
+
+    refused = {}
 
     def __init__(self, description):
         settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter}
         super().__init__(description=description, allow_abbrev=False, **settings)
 
+    def parse_args(self, argv=None, namespace=None):
+        """As of argparse, but a flag that is not there is told first, with the one that may be meant."""
+        argv = sys.argv[1:] if argv is None else argv
+        known = self._option_string_actions
+        for flag in (flag for flag in flags_in(argv) if flag not in known):
+            if flag in self.refused:
+                self.error(f"{flag} {self.refused[flag]}.")
+            similar = difflib.get_close_matches(flag, known, n=1)
+            self.error(f"there is no flag {flag}" + (f"; is {similar[0]} meant?" if similar else ": see --help."))
+        return super().parse_args(argv, namespace)
+
     def error(self, message):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def flags_in(argv):
+    """The flags among a command line's words, in their order."""
+    return [word.split("=")[0] for word in argv if word.startswith("--")]
 
 
 def run(main, args, resumable=False):
@@ -473,17 +494,11 @@ ABSENT = {
 def parse_args(parser, argv=None):
     """Parse and check; a wrong flag ends the program with one sentence and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    given = [word.split("=")[0] for word in argv if word.startswith("--")]
-    known = parser._option_string_actions
-    for flag in (flag for flag in given if flag not in known):
-        if flag in REFUSED:
-            parser.error(f"{flag} {REFUSED[flag]}.")
-        similar = difflib.get_close_matches(flag, known, n=1)
-        parser.error(f"there is no flag {flag}" + (f"; is {similar[0]} meant?" if similar else ": see --help."))
+    parser.refused = REFUSED
     args = argparse.Namespace(**{**ABSENT, **vars(parser.parse_args(argv))})
     flags = (action.dest for action in parser._actions if hasattr(args, action.dest) and action.dest != "hub_token")
     args.changed = {name: value for name in flags if (value := getattr(args, name)) != parser.get_default(name)}
-    args.given_flags = sorted(set(given))
+    args.given_flags = sorted(set(flags_in(argv)))
     args.given_lpl_flags = [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_"))]
     try:
         check_ranges(args)

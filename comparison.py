@@ -186,7 +186,7 @@ def check_counts(args, count, reference):
     """Enough images for the metrics, before samples are drawn. Raises UserError."""
     least = 4 if reference.images is None else 2 * (args.k + 1)
     if count < least:
-        what = f"precision, recall, density and coverage with --k {args.k}" if least > 4 else "the Frechet distance"
+        what = f"precision, recall, density and coverage with --k {args.k}" if least > 4 else "the Fréchet distance"
         given = "--samples are" if args.samples else "--num_samples"
         raise UserError(f"{given} {count}, and {what} needs at least {least}, for the intervals: give more.")
     if reference.images is not None and len(reference.images) <= args.k:
@@ -363,16 +363,18 @@ def differences(sets, scored):
 
 def settings_of(args, sets, real, extractors, clip):
     """All that the numbers depend on."""
-    how = ("sampler", "timestep_spacing", "prediction_type")
-    drawn = {name: " ".join(sorted({str(s.facts[name]) for s in sets if s.facts.get(name)})) for name in how}
+    drawn = {}  # as it was, also where the flags leave it to the pipeline
+    for name in "sampler timestep_spacing prediction_type num_inference_steps guidance_scale".split():
+        found = list(dict.fromkeys(s.facts[name] for s in sets if s.facts.get(name) is not None))
+        drawn |= {name: found[0] if len(found) == 1 else found} if found else {}
     flags = "reference_is resolution k half_samples seed".split()
-    flags += [] if args.samples else "num_inference_steps guidance_scale guidance_rescale weights".split()
+    flags += [] if args.samples else "guidance_rescale weights".split()
     return {
         "reference": public_name(args.reference),
         "reference_images": "shorter side resized to the resolution by Lanczos, centre crop",
         "num_samples": len(sets[0].images),
         "num_reference_samples": None if real.sharpness is None else len(real),
-        **{name: value for name, value in drawn.items() if value},
+        **drawn,
         **{name: getattr(args, name) for name in flags},
         "level": LEVEL,
         "feature_extractors": [extractor.settings for extractor in extractors],

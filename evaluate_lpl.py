@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from arguments import Parser, UserError, number, run
+from arguments import Parser, UserError, flags_in, number, run
 from features import CLIP, check_clip, check_extractor, inception_available, short_name
 from images import IMAGE_EXTENSIONS, images_in, reason
 from model_checks import is_folder_name
@@ -24,8 +24,8 @@ AT_LEAST_ONE = "num_samples max_reference_samples resolution batch_size k num_in
 NOT_NEGATIVE = "seed max_bad_images dataloader_num_workers guidance_scale guidance_rescale".split()
 # Flags that say how samples are drawn, and so nothing of those that are there
 DRAWING = (
-    "--lora --base_model --pretrained_vae_model_name_or_path --variant --weights --sampler --num_inference_steps "
-    "--guidance_scale --guidance_rescale --mixed_precision --offload --resolution"
+    "--lora --base_model --variant --weights --sampler --num_inference_steps --guidance_scale --guidance_rescale "
+    "--mixed_precision --offload --resolution"
 ).split()
 
 
@@ -87,10 +87,10 @@ def parse_args(argv=None):
     add("--half_samples", type=int, default=100, metavar="R", help="random halves of the samples, on which each "
         "metric is computed as well: the intervals come from their spread")
     add("--output_dir", required=True, help="where the report and the samples go")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    given = sys.argv[1:] if argv is None else argv
-    args.given_flags = sorted({word.split("=")[0] for word in given if word.startswith("--")})
-    args.command = shlex.join(["evaluate_lpl.py", *given])
+    args.given_flags = sorted(set(flags_in(argv)))
+    args.command = shlex.join(["evaluate_lpl.py", *argv])
     try:
         check(args)
     except UserError as error:
@@ -115,7 +115,7 @@ def check(args):
         raise UserError("give either --model, to draw samples, or --samples, folders with images.")
     if args.samples:
         for flag in DRAWING:
-            if flag in args.given_flags and flag != "--pretrained_vae_model_name_or_path":
+            if flag in args.given_flags:
                 raise UserError(f"{flag} has no effect with --samples, which are drawn already: leave it out.")
         for folder in args.samples:
             if not Path(folder).is_dir() or not images_in(folder):

@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from metrics import BANDS
 from report_blocks import (
     PAGE,
     PAIRS,
@@ -40,7 +41,6 @@ from report_blocks import (
 
 CURVES, SPECTRA = "curves.png", "spectra.png"
 STEPS, GUIDANCE = 50, 2.0  # the paper's, in whose vicinity pairs and spectra of a sweep are shown
-BAND_BORDERS = (75 / 256, 150 / 256)  # shares of the Nyquist frequency; Sec. 4.2 of the paper, at 512 pixels
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]  # Okabe & Ito: told apart by everybody
 LOOK = {"font.size": 9, "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -637,7 +637,7 @@ def missing_as_nan(numbers):
 
 
 def finish_spectrum(axis, title, unit):
-    for border in BAND_BORDERS:
+    for _, border in list(BANDS.values())[:-1]:
         axis.axvline(border, color="gray", linestyle=":", linewidth=1)
     axis.set_xlim(0, 1)
     axis.set_title(title, fontsize=10)

@@ -25,10 +25,11 @@ from test_shards import write_tar
 from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_tokenizer
 
 import evaluate_lpl
+import features
 import metrics
 import train_lpl_sd
 from arguments import UserError
-from comparison import Reference
+from comparison import Reference, wants_clip
 from data_sources import HubSamples
 from features import ClipScorer, load_extractor
 
@@ -238,6 +239,7 @@ def test_settings_and_files(compared, extractor):
     assert (settings["resolution"], settings["seed"], settings["k"]) == (64, 0, K)
     assert [entry["name"] for entry in settings["feature_extractors"]] == ["vit", "resnet"]
     assert (settings["sampler"], settings["prediction_type"]) == ("DDIM", "epsilon")
+    assert (settings["guidance_scale"], settings["num_inference_steps"]) == (7.5, 2)  # the former the pipeline's own
     assert "fewer than the 16 features of vit" in " ".join(report["notes"])
     for name in ("report.html", "report.md"):
         assert "before" in (output / name).read_text() and "after" in (output / name).read_text()
@@ -870,6 +872,7 @@ def flag_refusals(sd, photos, tmp_path):
     file.write_text("")
     model, samples = ("--model", sd), ("--samples", photos)
     return [
+        ((*model, "--guidance", 2), "there is no flag --guidance; is --guidance_scale meant?"),
         ((), "either --model, to draw samples, or --samples"),
         ((*model, *samples), "either --model, to draw samples, or --samples"),
         ((*model, "--lora", lora, lora, "--model", sd, sd, sd), "--lora has 2 entries and --model 3"),
@@ -949,6 +952,20 @@ def test_the_readme_names_flags_that_there_are(known_flags, monkeypatch):
     (section,) = re.findall(r"\n## Is it better\?\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
     named = named_flags(section)
     assert "--half_samples" in named and named <= known_flags | training
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_by_default_dinov2_comes_first_and_inception_if_it_is_installed(
+    tiny_sd, photos, tmp_path, monkeypatch, capsys, there
+):
+    for module in (evaluate_lpl, features):
+        monkeypatch.setattr(module, "inception_available", lambda: there)
+    args = parse_words(["--model", tiny_sd, "--reference", photos, "--output_dir", tmp_path / "out"])
+    assert args.feature_extractor == ["dinov2", "inception"][: 1 + there]
+    assert ("Inception's metrics are left out" in capsys.readouterr().err) != there
+    assert args.clip_model is None and wants_clip(args, [SimpleNamespace(num_classes=None)])
+    assert args.clip_model == "openai/clip-vit-large-patch14"
+    assert not wants_clip(args, [SimpleNamespace(num_classes=1000)])
 
 
 def test_a_wrong_flag_is_told_before_libraries_are_loaded(words, tmp_path):
