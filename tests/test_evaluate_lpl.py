@@ -872,7 +872,6 @@ def flag_refusals(sd, photos, tmp_path):
     file.write_text("")
     model, samples = ("--model", sd), ("--samples", photos)
     return [
-        ((*model, "--guidance", 2), "there is no flag --guidance; is --guidance_scale meant?"),
         ((), "either --model, to draw samples, or --samples"),
         ((*model, *samples), "either --model, to draw samples, or --samples"),
         ((*model, "--lora", lora, lora, "--model", sd, sd, sd), "--lora has 2 entries and --model 3"),
@@ -952,6 +951,10 @@ def test_the_readme_names_flags_that_there_are(known_flags, monkeypatch):
     (section,) = re.findall(r"\n## Is it better\?\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
     named = named_flags(section)
     assert "--half_samples" in named and named <= known_flags | training
+
+
+def test_a_flag_that_is_not_there_is_told_with_one_like_it(refuse, tiny_sd):
+    assert "there is no flag --guidance; is --guidance_scale meant?" in refuse("--model", tiny_sd, "--guidance", 2)
 
 
 @pytest.mark.parametrize("there", [True, False])
