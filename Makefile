@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test_all style quality
+.PHONY: demo compare test test_all style quality
 
 demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about five minutes on two cores
 	$(BIN)/python demo/run_demo.py
+
+compare: .venv/demo  ## the demo's model with each of the perceptual objectives, about twenty minutes on two cores
+	$(BIN)/python demo/compare_objectives.py
 
 test: .venv/test .venv/inception/installed  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile

@@ -40,7 +40,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the defaults that say something, and what kind of value a flag takes instead of its name again."""
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", number: "X", auto_or_number: "auto|X", boolean: "true|false"}.get(action.type, "TEXT")
+        kinds = {int: "N", number: "X", weight: "X|auto|variance:X", boolean: "true|false"}
+        return kinds.get(action.type, "TEXT")
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -142,11 +143,20 @@ def as_flags(**names):
         raise UserError(text) from error
 
 
-def auto_or_number(text):
+OBJECTIVES = ("self_perceptual", "e_latent_lpips", "rgb")
+
+
+def weight(text):
+    """A number, or as it stands how to measure one: `auto`, `auto:SHARE` or `variance:RATIO`."""
+    kind, colon, value = text.partition(":")
     try:
-        return text if text == "auto" else number(text)
+        if kind not in ("auto", "variance"):
+            return number(text)
+        if colon and (0 < number(value) < 1 if kind == "auto" else number(value) > 0) or text == "auto":
+            return text
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number, nor auto, auto:SHARE (below 1) or variance:RATIO")
 
 
 def number(text):
@@ -332,8 +342,9 @@ def add_diffusion_arguments(parser, flow=False):
 def add_lpl_arguments(parser):
     group = parser.add_argument_group("latent perceptual loss")
     add = group.add_argument
-    add("--lpl_weight", type=auto_or_number, default="auto", help="weight of LPL; auto measures it once, so that LPL "
-        "is --lpl_target_share of the total; 0 switches LPL off")
+    add("--lpl_weight", type=weight, default="auto", help="weight of LPL; auto measures it once, so that LPL is "
+        "--lpl_target_share of the total, variance:X so that its variance is X times that of the diffusion loss; 0 "
+        "switches LPL off")
     add("--lpl_target_share", type=number, default=0.2, help="share of the total loss that auto aims at (Fig. 9)")
     add("--lpl_sigma_threshold", type=number, default=3.0, help="LPL applies where sigma/alpha is at most this at "
         "--lpl_base_resolution, in proportion at others; SNR >= 1/threshold^2: 0.577 is SNR 3, 1 is SNR 1, 3 is SNR "
@@ -351,14 +362,49 @@ def add_lpl_arguments(parser):
     add("--lpl_outlier_source", choices=["prediction", "target", "union"], default="prediction",
         help="whose features are searched for outliers")
     add("--lpl_start_step", type=int, default=0, help="optimizer step from which on LPL applies")
-    add("--lpl_chunk_size", type=int, default=1, help="samples decoded at a time: memory against speed; 0 keeps the "
-        "whole graph")
+    add("--lpl_chunk_size", type=int, default=1, help="samples decoded at a time, or run through the network of "
+        "another objective: memory against speed; 0: all, and LPL keeps the whole graph")
     add("--lpl_max_samples", type=number, help="decode at most this many samples per process and forward pass; below "
         "1: each with this probability; unbiased")
     add("--lpl_gradient_checkpointing", action=argparse.BooleanOptionalAction, help="recompute the decoder's "
         "activations; by default with --gradient_checkpointing, and from 1024 pixels on")
     add("--lpl_compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the decoder's blocks; "
         "inductor if no backend is named")
+
+
+def add_objective_arguments(parser, transformers=False):
+    group = parser.add_argument_group("other objectives", "What LPL is compared with. A weight is a number; or auto, "
+        "measured once so that the term is 0.2 of the total, or auto:SHARE; or variance:X, measured once so that its "
+        "variance is X times that of the diffusion loss, 0.1 in Table 5.")
+    add = group.add_argument
+    add("--l2_weight", type=number, default=1.0, help="weight of the diffusion loss")
+    add("--self_perceptual_weight", type=weight, default=0.0, help="weight of the error in hidden features of the "
+        "model itself, as it is at the start (Lin & Yang 2024; there it is the only term: --l2_weight 0 --lpl_weight "
+        "0)")
+    if transformers:
+        add("--sp_layer", type=int, metavar="N", help="compare what the N-th block gives, counted from 1; by default "
+            "2 / 7 of the depth, the best of Table 5")
+        add("--sp_layers", type=int, nargs="+", metavar="N", help="several blocks, whose errors are added")
+    else:
+        add("--sp_layer", metavar="LAYER", help="compare what this block gives: mid (by default), down1, up1, ...")
+        add("--sp_layers", nargs="+", metavar="LAYER", help="several blocks, whose errors are added; encoder and "
+            "decoder stand for all of theirs")
+    add("--sp_timestep", choices=["uniform", "near", "normal"], default="uniform", help="the noise level of that "
+        "comparison: any; 40 of 1,000 timesteps from that of the sample; or around it with a deviation of 100")
+    add("--sp_distance", choices=["l2", "l1"], default="l2", help="of these features")
+    add("--sp_formulation", choices=["joint", "split"], default="joint", help="predicted latents and noise together, "
+        "or each beside the true other one (Eq. 17 of Lin & Yang)")
+    add("--e_latent_lpips_weight", type=weight, default=0.0, help="weight of LPIPS on latents (Kang et al. 2024)")
+    add("--e_latent_lpips_model", default="Mingguksky/elatentlpips", metavar="MODEL", help="its network: those "
+        "that are published (for SD 1.x, 2.x, SDXL, SD3, FLUX.1; not for commercial use), a file of that kind, or the "
+        "Hub id or folder of one that train_latent_classifier.py made")
+    add("--e_latent_lpips_augmentations", nargs="+", choices=["blit", "geometric", "color", "cutout"], help="random "
+        "transformations of both latents, an ensemble over the steps; by default none, as in Table 5")
+    add("--rgb_weight", type=weight, default=0.0, help="weight of the squared error of the decoded images")
+    add("--gate_objectives", nargs="+", choices=OBJECTIVES, help="of these, those that apply only where LPL does "
+        "(Table 5 has both)")
+    add("--late_reweight", action="store_true", help="do not add LPL, but weigh the diffusion loss where LPL applies "
+        "as much as LPL would (Eq. 15), the control of Table 6")
 
 
 def add_output_arguments(parser, guidance_scale=None):
@@ -499,13 +545,13 @@ def parse_args(parser, argv=None):
     flags = (action.dest for action in parser._actions if hasattr(args, action.dest) and action.dest != "hub_token")
     args.changed = {name: value for name in flags if (value := getattr(args, name)) != parser.get_default(name)}
     args.given_flags = sorted(set(flags_in(argv)))
-    args.given_lpl_flags = [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_"))]
     try:
         check_ranges(args)
         check_combinations(args)
         check_packages(args)
         set_defaults(args)
         check_folders(args)
+        args.idle_lpl_flags = idle_lpl_flags(args)
     except UserError as error:
         parser.error(str(error))
     return args
@@ -542,8 +588,6 @@ def check_ranges(args):
             value = getattr(args, name, None)
             if value is not None and not fits(value):
                 raise UserError(f"--{name} {value} must be {what}.")
-    if args.lpl_weight != "auto" and args.lpl_weight < 0:
-        raise UserError(f"--lpl_weight {args.lpl_weight} must not be negative; 0 switches LPL off.")
     if not -1 <= getattr(args, "mode_scale", 0) <= 1.75:
         raise UserError(f"--mode_scale {args.mode_scale} must be from -1 to 1.75: others leave the timesteps' range.")
     if not 0 < args.lpl_target_share < 1:
@@ -555,6 +599,24 @@ def check_ranges(args):
             f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
             f"{args.timestep_bias_end}."
         )
+
+
+SP_FLAGS = "--sp_layer --sp_layers --sp_timestep --sp_distance --sp_formulation".split()
+LPIPS_FLAGS = "--e_latent_lpips_model --e_latent_lpips_augmentations".split()
+
+
+def idle_lpl_flags(args):
+    """The --lpl_ flags that are given without effect, as LPL is off."""
+    if args.lpl_weight:
+        return []
+    used = {"--lpl_weight"}
+    if any(getattr(args, f"{name}_weight") for name in OBJECTIVES):
+        used |= {"--lpl_chunk_size"}
+    if args.rgb_weight:
+        used |= {"--lpl_gradient_checkpointing", "--no-lpl_gradient_checkpointing"}
+    if args.gate_objectives:
+        used |= {"--lpl_sigma_threshold", "--lpl_base_resolution"}
+    return [flag for flag in args.given_flags if flag.startswith(("--lpl_", "--no-lpl_")) and flag not in used]
 
 
 LORA_FLAGS = (
@@ -587,6 +649,8 @@ def check_combinations(args):
         (DRAWING_FLAGS, "--validation_prompts or --eval_samples", draws),
         (EVAL_FLAGS, "--eval_steps", args.eval_steps),
         (["--eval_feature_extractor"], "--eval_samples", args.eval_samples),
+        (SP_FLAGS, "--self_perceptual_weight", args.self_perceptual_weight),
+        (LPIPS_FLAGS, "--e_latent_lpips_weight", args.e_latent_lpips_weight),
         (BIAS_FLAGS[:1], "--timestep_bias_strategy", args.timestep_bias_strategy != "none"),
         (BIAS_FLAGS[1:2], "--timestep_bias_strategy earlier or later", args.timestep_bias_strategy[-2:] == "er"),
         (BIAS_FLAGS[2:], "--timestep_bias_strategy range", args.timestep_bias_strategy == "range"),
@@ -601,6 +665,7 @@ def check_combinations(args):
         )
     if args.optimizer == "adafactor":
         check_unused(args, ADAM_FLAGS, "--optimizer adafactor")
+    check_objectives(args)
     if args.lpl_weight not in ("auto", 0):
         check_unused(args, ["--lpl_target_share"], f"--lpl_weight {args.lpl_weight}")
     if args.lpl_weight != 0 and not args.lpl_outlier_mask:
@@ -643,6 +708,49 @@ def check_combinations(args):
     ):
         if getattr(args, first) and getattr(args, second):
             raise UserError(f"--{first} and --{second} exclude each other: give one of them.")
+
+
+def check_objectives(args):
+    """The terms of the loss and their weights. Sets `sp_layers` to those of either flag, as words."""
+    weights = {name: getattr(args, f"{name}_weight") for name in ("l2", "lpl", *OBJECTIVES)}
+    for name, value in weights.items():
+        if not isinstance(value, str) and value < 0:
+            raise UserError(f"--{name}_weight {value} must not be negative; 0 leaves this term out.")
+    if not any(weights.values()):
+        raise UserError("all weights are 0, so there is nothing to learn: give one of --l2_weight, --lpl_weight.")
+    if str(args.lpl_weight).startswith("auto:"):
+        share = args.lpl_weight.removeprefix("auto:")
+        raise UserError(f"--lpl_weight {args.lpl_weight}: write --lpl_weight auto --lpl_target_share {share}.")
+    measured = {name: value for name, value in weights.items() if isinstance(value, str)}
+    for name, value in measured.items():
+        if value.startswith("variance") and not args.l2_weight:
+            raise UserError(f"--{name}_weight {value} is in units of the diffusion loss: raise --l2_weight above 0.")
+    by_default = {name: args.lpl_target_share if name == "lpl" else 0.2 for name in measured}
+    if args.late_reweight:  # LPL is no term then
+        weights["lpl"] = 0
+        measured.pop("lpl", None)
+    shares = [float(value[5:] or by_default[name]) for name, value in measured.items() if value.startswith("auto")]
+    given = [value for name, value in weights.items() if name not in measured]
+    if shares and (sum(shares) >= 1 or not any(given)):
+        names = ", ".join(f"--{name}_weight {value}" for name, value in measured.items())
+        raise UserError(f"{names}: nothing is left that they could be a share of; give one of the weights a number.")
+    for name in args.gate_objectives or ():
+        if not weights[name]:
+            raise UserError(f"--gate_objectives {name} needs --{name}_weight: add it, or leave it out.")
+    if args.late_reweight and not args.lpl_weight:
+        raise UserError("--late_reweight weighs as LPL would: leave out --lpl_weight 0.")
+    if args.late_reweight and not args.l2_weight:
+        check_unused(args, ["--late_reweight"], "--l2_weight 0")
+    if not args.l2_weight:
+        check_unused(args, ["--snr_gamma", "--with_prior_preservation"], "--l2_weight 0")
+    if args.sp_layer is not None and args.sp_layers:
+        raise UserError("--sp_layer and --sp_layers exclude each other: give one of them.")
+    args.sp_layers = [str(layer) for layer in args.sp_layers or ([] if args.sp_layer is None else [args.sp_layer])]
+    if args.self_perceptual_weight and args.transformer_config:
+        raise UserError(
+            "--self_perceptual_weight compares inside the model as it is at the start, which knows nothing yet with "
+            "--transformer_config: train it without at first."
+        )
 
 
 def check_data(args):
@@ -778,6 +886,7 @@ def set_defaults(args):
 
 def check_folders(args):
     """Checks of what is on the disk: model, output, checkpoint to resume, images (kept for `make_stream`)."""
+    from latent_lpips_files import check_latent_lpips
     from model_checks import (
         CLASS_CONDITIONAL,
         check_model_folders,
@@ -787,6 +896,8 @@ def check_folders(args):
     )
 
     args.samples = None
+    if args.e_latent_lpips_weight:
+        check_latent_lpips(args.e_latent_lpips_model)
     if args.transformer_config is not None:
         args.transformer_config = read_transformer_config(Path(args.transformer_config))
     if args.bnb_quantization_config_path is not None:

@@ -81,7 +81,7 @@ class Checkpoints:
 
     # Save
 
-    def save(self, step, position, lpl):
+    def save(self, step, position, lpl, objectives):
         """Write `checkpoint-{step}`, then remove old ones. position: samples consumed; lpl: the loss, or None.
 
         Raises UserError if it can't be written; older checkpoints are untouched then.
@@ -89,6 +89,7 @@ class Checkpoints:
         args, output = self.args, Path(self.args.output_dir)
         final, temporary = output / f"checkpoint-{step}", output / f"tmp-checkpoint-{step}"
         state = {"step": step, "position": position, "lpl": lpl.state_dict() if lpl is not None else None}
+        state |= {"objectives": objectives.state_dict()}
         state |= {"seed": args.seed, "num_samples": self.stream.num_samples, "has_ema": self.ema is not None}
         state["streams"] = gather_object([self.stream.state(position, self.accelerator.num_processes)])
         state["settings"], state["spent"] = settings_of(self.accelerator, args), self.time_spent()
@@ -153,7 +154,8 @@ class Checkpoints:
     def load(self, folder):
         """Restore what `save` wrote and return its state. Raises UserError: damaged, or not of such a run.
 
-        What the flags now say of optimizer and schedule counts. If LPL was another one, `lpl` of the state is None.
+        What the flags now say of optimizer and schedule counts. If LPL was another one, `lpl` of the state is None,
+        and so is `objectives` if what they compare was.
         """
         accelerator, stream, ema = self.accelerator, self.stream, self.ema
         state = read_training_state(folder)
@@ -184,8 +186,11 @@ class Checkpoints:
         changed = changed_settings(accelerator, self.args, state)
         if changed:
             accelerator.print(f"Unlike the run to resume: {'; '.join(changed.values())}.")
-        if LPL_SETTINGS & changed.keys() or self.args.lpl_weight == "auto" and "lpl_weight" in changed:
+        measured = isinstance(self.args.lpl_weight, str)
+        if LPL_SETTINGS & changed.keys() or measured and "lpl_weight" in changed:
             state["lpl"] = None
+        if OBJECTIVE_SETTINGS & changed.keys() or "objectives" not in state:
+            state["objectives"] = None
         nothing = state["step"] >= self.args.max_train_steps
         accelerator.print(f"Resuming from {folder} at step {state['step']}{', the last one' * nothing}.")
         later = later_checkpoints(self.args.output_dir, state["step"])
@@ -277,7 +282,7 @@ FREE = set(
 )
 # That follow from others:
 FREE |= set(
-    "pipelines changed given_flags given_lpl_flags absent_parts num_classes latent_size buckets samples".split()
+    "pipelines changed given_flags idle_lpl_flags absent_parts num_classes latent_size buckets samples".split()
 )
 # With which the saved weights, or the optimizer's state, mean something else:
 FIXED = set(
@@ -288,6 +293,12 @@ FIXED = set(
 LPL_SETTINGS = set(
     "lpl_target_share lpl_sigma_threshold lpl_base_resolution lpl_num_blocks lpl_normalization lpl_weighting "
     "lpl_reduction lpl_outlier_mask lpl_outlier_source resolution".split()
+)
+
+# And those of the other terms:
+OBJECTIVE_SETTINGS = LPL_SETTINGS | set(
+    "l2_weight self_perceptual_weight e_latent_lpips_weight rgb_weight gate_objectives sp_layers sp_timestep "
+    "sp_distance sp_formulation e_latent_lpips_model e_latent_lpips_augmentations late_reweight".split()
 )
 
 

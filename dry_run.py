@@ -21,47 +21,58 @@ from arguments import UserError
 from counters import FlopCounter, LiveBytes, RealMasks, module_bytes
 from engines import blocks_of
 from loading import DTYPES, load_vae
+from loss_terms import NO_OBJECTIVES, TITLES, Objectives, lpl_share, make_lpl
 from lpl_utils import STATS, _decoder_blocks, compare_gradients, outlier_mask
-from objectives import lpl_share, make_lpl
 from train_utils import optimizer_bytes, sample_generators
 
 
-def dry_run(accelerator, args, family, model, lpl, tau, ema, batch, training_step):
+def dry_run(accelerator, args, family, model, lpl, tau, objectives, ema, batch, training_step):
     """Count one optimizer step, print the report and return its numbers.
 
     Args:
         family: loaded with --dry_run, so that its models have no values; model: its model, prepared.
-        tau: threshold of LPL on sigma / alpha.
+        tau: threshold of LPL on sigma / alpha; objectives: the terms beside LPL.
         batch: a batch of the run; training_step: the script's, a function of args, family, model, lpl and batch.
 
     Returns: dict of `trainable_parameters`, `parameters` (the denoiser's); `weights`, `optimizer`, `ema`, `buckets`
         (what several processes exchange gradients with), `gathered` (weights that are whole for a moment, where an
-        engine shards them) and, of a whole step with every sample decoded, `peak` and (without LPL) `peak_l2`, in
-        bytes, on one device; `cpu`, bytes that an engine keeps in the CPU's memory for each device; `flops`, expected
-        for an optimizer step of one process, and `flops_l2` without LPL; `lpl_samples` and `lpl_steps`, the shares of
-        them that LPL sees once it has started; `blocks`, those of `measure_blocks`: on the main process, empty without
-        LPL or where they can't be measured.
+        engine shards them), `frozen` (networks of the terms beside LPL) and, of a whole step with every sample
+        decoded, `peak` and (with the diffusion loss alone) `peak_l2`, in bytes, on one device; `cpu`, bytes that an
+        engine keeps in the CPU's memory for each device; `flops`, expected for an optimizer step of one process,
+        `flops_l2` with the diffusion loss alone, and `flops_of`, name of another term -> what it adds; `lpl_samples`
+        and `lpl_steps`, the shares of them that LPL sees once it has started; `blocks`, those of `measure_blocks`: on
+        the main process, empty without LPL or where they can't be measured.
     """
     engine = planned_engine(os.environ, accelerator.num_processes)
     pictures, batch = batch, encode_ahead(args, family, batch)
     count, own = count_what_stays(args, engine, family, model, ema)
     fixed = sum(count[name] for name in STAYS)
+    count["frozen"] = module_bytes(*objectives.modules)
     # Every sample passes the gate: without it, and where alpha is not 0.
     every = Namespace(**{**vars(args), "lpl_sigma_threshold": math.inf})
     family.sample_timesteps = lambda generators, quantiles=(): family.timesteps[:1].repeat(len(generators))
     step = partial(count_step, accelerator, every, own, family, model, batch, training_step)
 
     passes = args.gradient_accumulation_steps
-    peak, flops_l2, _ = step(None)
-    count |= {"peak": fixed + peak, "peak_l2": fixed + peak, "flops": passes * flops_l2, "flops_l2": passes * flops_l2}
+    peak_l2, flops_l2, _ = step(None)
+    count |= {"peak_l2": fixed + peak_l2, "flops_l2": passes * flops_l2, "flops_of": {}}
     count |= {"lpl_samples": 0.0, "lpl_steps": 0.0}
+    peaks, share = [peak_l2], lpl_share(family, tau)
     if lpl is not None:
         peak, flops, decoded = step(lpl)
-        share = lpl_share(family, tau)
+        peaks.append(peak)
         samples = args.train_batch_size * passes * accelerator.num_processes
-        count |= {"peak": fixed + peak, "lpl_samples": share, "lpl_steps": 1 - (1 - share) ** samples}
+        count |= {"lpl_samples": share, "lpl_steps": 1 - (1 - share) ** samples}
         expected = expected_decoded(args.train_batch_size, share, args.lpl_max_samples)
-        count["flops"] += passes * expected * (flops - flops_l2) / decoded
+        count["flops_of"]["LPL"] = passes * expected * (flops - flops_l2) / decoded
+    for name, objective in objectives.terms.items():
+        _, flops, _ = step(None, Objectives({name: objective}))
+        seen = share if name in objectives.gated and name not in objectives.sizes else 1
+        count["flops_of"][TITLES[name]] = passes * seen * (flops - flops_l2)
+    if objectives.terms:
+        peaks.append(step(lpl, Objectives(objectives.terms))[0])
+    count["peak"] = fixed + count["frozen"] + max(peaks)
+    count["flops"] = count["flops_l2"] + sum(count["flops_of"].values())
     if accelerator.is_main_process:
         report_settings(args, family, ema)
         report(args, engine, count, family, lpl, tau)
@@ -136,7 +147,7 @@ def saved_by_quantising(args, denoiser):
     return sum(w.nbytes for w in weights) - math.ceil(packed) - max(w.nbytes for w in weights)
 
 
-def count_step(accelerator, args, share, family, model, batch, training_step, lpl):
+def count_step(accelerator, args, share, family, model, batch, training_step, lpl, objectives=NO_OBJECTIVES):
     """Peak bytes of an optimizer step that is logged; FLOPs and samples decoded of a forward and backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
     max_samples = args.lpl_max_samples if (args.lpl_max_samples or 0) >= 1 else None
@@ -147,10 +158,11 @@ def count_step(accelerator, args, share, family, model, batch, training_step, lp
             stack.enter_context(shared_gradients(share, trained, memory))
         for _ in range(passes):
             with flops:
-                forward = training_step(args, family, model, lpl, batch, max_samples)
-            loss = forward.diffusion_loss + forward.lpl_loss
+                forward = training_step(args, family, model, lpl, batch, max_samples, objectives)
+            loss = forward.diffusion_loss + forward.lpl_loss + sum(forward.objective_losses.values())
             if lpl is not None:
                 decoded += len(forward.lpl_stats["chosen"])
+            if lpl is not None and not args.late_reweight:
                 compare_gradients(forward.model_pred, forward.diffusion_loss, forward.lpl_loss)
             with flops:
                 accelerator.backward(loss)
@@ -483,7 +495,7 @@ def outlier_share(lpl, phi, first, growth):
     return 1 - valid.float().mean().item()
 
 
-HIDDEN = ("pipelines", "changed", "given_flags", "given_lpl_flags", "samples", "hub_token", "dry_run")
+HIDDEN = ("pipelines", "changed", "given_flags", "idle_lpl_flags", "samples", "hub_token", "dry_run")
 HIDDEN += ("num_classes", "id2label", "denoiser_config", "absent_parts", "latent_size", "buckets")
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -521,6 +533,8 @@ def report(args, engine, count, family, lpl, tau):
             f"{count['lpl_steps']:.1%} of the steps{start}"
         )
 
+    rest = count["peak"] - count["frozen"] - sum(count[name] for name in STAYS)
+    due = "LPL" if list(count["flops_of"]) == ["LPL"] else "all but l2"
     placed = [denoiser, *(PARTS[part] for part, there in family.placed.items() if there and family.modules(part))]
     rows = [
         ("weights", count["weights"], ", ".join(placed)),
@@ -528,16 +542,17 @@ def report(args, engine, count, family, lpl, tau):
         ("average weights", count["ema"], "EMA"),
         ("gathered", count["gathered"], "weights that are whole while they are used"),
         ("buckets", count["buckets"], "gradients on their way between processes"),
-        ("the rest at the peak", count["peak"] - sum(count[name] for name in STAYS), "gradients, activations"),
+        ("frozen networks", count["frozen"], "of the other objectives"),
+        ("the rest at the peak", rest, "gradients, activations"),
         ("peak", count["peak"], "if LPL sees every sample" if lpl is not None else ""),
-        ("  of it due to LPL", count["peak"] - count["peak_l2"], ""),
+        (f"  of it due to {due}", count["peak"] - count["peak_l2"], ""),
     ]
     how = f"batch {args.train_batch_size}, {args.resolution} pixels"
     if engine.processes > 1 or engine.name is not None:
         how += f", {engine.name or 'DDP'} on {engine.processes} devices"
     print(f"\nMemory of a step, on each device ({how})")
     for name, nbytes, note in rows:
-        if nbytes or name.startswith(" ") and lpl is not None:
+        if nbytes or name.startswith(" ") and count["flops_of"]:
             print(f"  {name:<24}{size(nbytes, 'B', 1024):>12}  {note}".rstrip())
     if count["cpu"]:
         what = "what waits in the CPU's memory, for each device"
@@ -546,9 +561,10 @@ def report(args, engine, count, family, lpl, tau):
 
     work = f"{args.gradient_accumulation_steps} x {args.train_batch_size} samples per device"
     print(f"\nArithmetic of an optimizer step, on average ({work})")
-    print(f"  {'total':<24}{size(count['flops'], 'FLOP', 1000):>12}")
-    if lpl is not None:
-        print(f"  {'  of it due to LPL':<24}{size(count['flops'] - count['flops_l2'], 'FLOP', 1000):>12}")
+    parts = {"total": count["flops"], **{f"  of it due to {name}": n for name, n in count["flops_of"].items()}}
+    width = max(24, *(len(name) + 1 for name in parts))
+    for name, flops in parts.items():
+        print(f"  {name:<{width}}{size(flops, 'FLOP', 1000):>12}")
 
 
 def report_blocks(args, family, lpl, batch):

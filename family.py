@@ -88,6 +88,7 @@ class Family:
     stock_lora = True  # whether the stock pipeline reads LoRA files
     pack = 1  # side of the patches into which the pipeline packs latents
     ragged = False  # whether the length of embeddings depends on the caption
+    block_lists = ("transformer_blocks",)  # the denoiser's blocks, part by part, in the order in which they run
     unread = ()  # modules whose output nobody reads: without a gradient DDP would wait for theirs
     timestep_name, guidance_name = "timestep", "guidance_scale"  # in the denoiser's call, in the pipeline's
 
@@ -131,7 +132,7 @@ class Family:
             self._use_xformers()
         self._embeddings = None  # caption -> embeddings, if they are cached
         self.placed = {}
-        self.place(encoder=not args.offload, decoder=args.lpl_weight != 0, text_encoders=not args.offload)
+        self.place(encoder=not args.offload, decoder=uses_decoder(args), text_encoders=not args.offload)
 
     @property
     def trained_parameters(self):
@@ -306,20 +307,32 @@ class Family:
 
     def predict(self, model, noisy_latents, timesteps, conditioning):
         """The output of `model` `[B, C, h, w]`, in the convention of `self.prediction_type`."""
+        return self.from_tokens(self.call(model, noisy_latents, timesteps, conditioning)[0], noisy_latents)
+
+    def call(self, model, noisy_latents, timesteps, conditioning):
+        """What `model` returns, a tuple whose first entry is its output."""
         if self.args.train_text_encoder:
             inputs = dict(conditioning)
         else:
             inputs = self.denoiser_inputs(noisy_latents, **conditioning)
         inputs[self.timestep_name] = self.scale_timesteps(timesteps).to(self.device, non_blocking=True)
         try:
-            output = model(self.to_tokens(noisy_latents), **inputs, return_dict=False)[0]
+            return model(self.to_tokens(noisy_latents), **inputs, return_dict=False)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             if self.args.transformer_config is None or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(
                 f"--transformer_config: this transformer can't work in the pipeline: {first_line(error)}"
             ) from error
-        return self.from_tokens(output, noisy_latents)
+
+    @property
+    def blocks(self):
+        """Names of the denoiser's blocks, as in `named_modules`, in the order in which they run."""
+        return block_names(self.denoiser, self.block_lists)
+
+    def hidden_states(self, output, noisy_latents, conditioning):
+        """The image's `[B, ...]` in what one of the blocks returns: of text and image, the second."""
+        return output[1] if isinstance(output, tuple) else output
 
     def scale_timesteps(self, timesteps):
         """As the denoiser wants them; a scheduler that samples diffusion as well cuts those of flow matching."""
@@ -670,6 +683,23 @@ class Family:
             scheduler_class = DDIMScheduler  # PNDM, Stable Diffusion's default, can do neither; nor does it clip
             changes["clip_sample"] = scheduler.config.get("clip_sample", False)
         return scheduler_class.from_config(scheduler.config, **changes)
+
+
+def block_names(denoiser, lists):
+    """Names of the blocks in these parts of a denoiser, lists or single ones, as in `named_modules`."""
+    names = []
+    for name in lists:
+        part = getattr(denoiser, name)
+        if isinstance(part, torch.nn.ModuleList):
+            names += [f"{name}.{i}" for i in range(len(part))]
+        elif part is not None:
+            names.append(name)
+    return names
+
+
+def uses_decoder(args):
+    """Whether a term of the loss decodes."""
+    return args.lpl_weight != 0 or args.rgb_weight != 0
 
 
 class DenoiserWithTextEncoders(torch.nn.Module):

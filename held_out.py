@@ -14,8 +14,8 @@ from arguments import UserError, as_flags
 from data_utils import held_out_batch, held_out_caption
 from evaluation import ListedImages, StreamImages, measure
 from features import load_extractor
+from loss_terms import make_lpl
 from metrics import frechet_distance, kernel_distances, moments
-from objectives import make_lpl
 from train_utils import draw_share, drawing_settings, ema_weights
 
 
@@ -115,7 +115,8 @@ def losses_of(forward):
     terms = {"l2": forward.diffusion_loss}
     if forward.lpl_stats and len(forward.lpl_stats["chosen"]):
         terms["lpl"] = forward.lpl_loss
-    return {name: term.item() for name, term in terms.items()}
+    found = {name: term.item() for name, term in (terms | forward.objective_losses).items()}
+    return {name: value for name, value in found.items() if value or name in terms}  # 0: the gate kept all out
 
 
 def averages(found):

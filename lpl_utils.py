@@ -213,18 +213,13 @@ class LatentPerceptualLoss:
             empty = torch.zeros(0, len(self.blocks), device=z0.device)
             loss = z0_hat.flatten(1).sum(1).to(torch.promote_types(z0_hat.dtype, torch.float32))
             return loss, dict.fromkeys(STATS, empty)
-        if not (torch.is_grad_enabled() and z0_hat.requires_grad):
-            chunks = zip(z0_hat.split(self.chunk_size or len(z0)), z0.split(self.chunk_size or len(z0)))
-            with torch.no_grad():
-                loss, stats = zip(*(self._compare(self.features(a), self.features(b)) for a, b in chunks))
-            return torch.cat(loss), dict(zip(STATS, torch.cat(stats).unbind(-1)))
-        if self.chunk_size == 0:
+        if self.chunk_size == 0 and torch.is_grad_enabled():
             with torch.no_grad():
                 phi = self.features(z0)
             loss, stats = self._compare(self.features(z0_hat), phi)
         else:
-            with torch.autocast(z0.device.type, enabled=False):  # its backward pass runs in here as well
-                loss, stats = _Streamed.apply(z0_hat, z0, self)
+            size = self.chunk_size or len(z0)
+            loss, stats = streamed(lambda z, _: self.features(z), self._compare_block, z0_hat, z0, size)
         return loss, dict(zip(STATS, stats.unbind(-1)))
 
     def balance(self, block_loss_means):
@@ -333,9 +328,7 @@ class LatentPerceptualLoss:
 
     def _compare(self, phi_hats, phis):
         """Loss `[B]` and stats `[B, L, len(STATS)]` of two lists of features."""
-        layers = (self._compare_block(l, *pair, phi_hats[0]) for l, pair in enumerate(zip(phi_hats, phis)))
-        losses, stats = zip(*layers)
-        return sum(losses), torch.stack(stats, dim=1)
+        return _compare_all(self._compare_block, phi_hats, phis)
 
     def _compare_block(self, l, phi_hat, phi, first):
         """Layer l's weighted term `[B]` and its stats `[B, len(STATS)]`; `first`: the first layer's features."""
@@ -405,15 +398,45 @@ class _LastBlock(Exception):
     """Leaves `vae.decode` once the last hooked block has run: what follows is never computed."""
 
 
+def streamed(features, compare, x_hat, x, chunk_size):
+    """Sum over layers of a distance between a frozen network's features of two inputs, a few samples at a time.
+
+    The network runs forward and backward on each chunk in here, and only the gradient with respect to `x_hat` is
+    kept: exact, if the network has no operation across samples, with memory that does not depend on the batch.
+
+    Args:
+        features: (inputs `[b, ...]`, the slice of the batch that they are) -> L tensors `[b, ...]`.
+        compare: (layer l, its features of x_hat, of x, the first layer's of x_hat) -> loss `[b]`, stats `[b, S]`.
+        x_hat, x: `[B, ...]`, B > 0; the loss is differentiable in `x_hat` alone.
+
+    Returns:
+        loss: `[B]`; stats: `[B, L, S]`, detached.
+    """
+    if torch.is_grad_enabled() and x_hat.requires_grad:
+        with torch.autocast(x.device.type, enabled=False):  # its backward pass runs in here as well
+            return _Streamed.apply(x_hat, x, features, compare, chunk_size)
+    with torch.no_grad():
+        chunks = (slice(i, i + chunk_size) for i in range(0, len(x), chunk_size))
+        pairs = ([features(inputs[chunk], chunk) for inputs in (x_hat, x)] for chunk in chunks)
+        losses, stats = zip(*(_compare_all(compare, *pair) for pair in pairs))
+    return torch.cat(losses), torch.cat(stats)
+
+
+def _compare_all(compare, phi_hats, phis):
+    """Loss `[b]` and stats `[b, L, S]` of two lists of features, see `streamed`."""
+    losses, stats = zip(*(compare(l, *pair, phi_hats[0]) for l, pair in enumerate(zip(phi_hats, phis))))
+    return sum(losses), torch.stack(stats, dim=1)
+
+
 class _Streamed(torch.autograd.Function):
-    """Forward and backward of the decoder, chunk by chunk; keeps dLPL/dz0_hat of every sample and nothing else."""
+    """`streamed`, as an operation whose backward pass only multiplies."""
 
     @staticmethod
-    def forward(ctx, z0_hat, z0, lpl):
-        losses, stats, gradient = [], [], torch.empty_like(z0_hat)
-        for i in range(0, len(z0), lpl.chunk_size):
-            chunk = slice(i, i + lpl.chunk_size)
-            loss, stat, gradient[chunk] = _forward_backward(lpl, z0_hat[chunk], z0[chunk])
+    def forward(ctx, x_hat, x, features, compare, chunk_size):
+        losses, stats, gradient = [], [], torch.empty_like(x_hat)
+        for i in range(0, len(x), chunk_size):
+            chunk = slice(i, i + chunk_size)
+            loss, stat, gradient[chunk] = _forward_backward(features, compare, x_hat[chunk], x[chunk], chunk)
             losses.append(loss)
             stats.append(stat)
         loss, stats = torch.cat(losses), torch.cat(stats)
@@ -425,31 +448,37 @@ class _Streamed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss.view(-1, 1, 1, 1)).to(gradient.dtype), None, None
+        return (gradient * _like(grad_loss, gradient)).to(gradient.dtype), None, None, None, None
 
 
-def _forward_backward(lpl, z0_hat, z0):
-    """Loss, stats and d loss / d z0_hat of a few samples; the features' gradients are taken one layer at a time."""
-    phis = lpl.features(z0)  # gradients are off inside an autograd function's forward
+def _forward_backward(features, compare, x_hat, x, chunk):
+    """Loss, stats and d loss / d x_hat of a few samples; the features' gradients are taken one layer at a time."""
+    phis = list(features(x, chunk))  # gradients are off inside an autograd function's forward
     with torch.enable_grad():
-        z0_hat = z0_hat.detach().requires_grad_()
-        phi_hats = lpl.features(z0_hat)
+        x_hat = x_hat.detach().requires_grad_()
+        phi_hats = features(x_hat, chunk)
         half = phi_hats[0].dtype == torch.float16
         losses, stats, gradients = [], [], []
         for l, phi_hat in enumerate(phi_hats):
             leaf = (_float(phi_hat) if half else phi_hat).detach().requires_grad_()
-            loss, stat = lpl._compare_block(l, leaf, phis[l], phi_hats[0])
+            loss, stat = compare(l, leaf, phis[l], phi_hats[0])
             gradients += torch.autograd.grad(loss.sum(), leaf)
             losses.append(loss.detach())
             stats.append(stat)
             phis[l] = None
         scale = 1
         if half:  # these gradients, about 1 / (channels * positions), vanish: scale each sample by a power of two
-            largest = torch.stack([g.abs().amax((1, 2, 3)) for g in gradients]).amax(0)  # [B]
-            scale = torch.exp2(-torch.where(largest > 0, largest, 1).log2().floor()).view(-1, 1, 1, 1)
-            gradients = [(g * scale).half() for g in gradients]
-        (gradient,) = torch.autograd.grad(phi_hats, z0_hat, gradients)
+            largest = torch.stack([g.abs().flatten(1).amax(1) for g in gradients]).amax(0)  # [b]
+            powers = torch.exp2(-torch.where(largest > 0, largest, 1).log2().floor())
+            gradients = [(g * _like(powers, g)).half() for g in gradients]
+            scale = _like(powers, x_hat)
+        (gradient,) = torch.autograd.grad(phi_hats, x_hat, gradients)
     return sum(losses), torch.stack(stats, dim=1), gradient / scale
+
+
+def _like(per_sample, x):
+    """`[b]` -> `[b, 1, ...]`, to be multiplied with `x`."""
+    return per_sample.view(-1, *[1] * (x.ndim - 1))
 
 
 # Sums over positions, in at least float32

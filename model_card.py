@@ -6,7 +6,7 @@ add_results         evaluation results, into the card's metadata and its text
 python model_card.py FOLDER --report report.json    adds what an evaluation has found to the card in a folder
 """
 
-from arguments import LOG_FILE, Parser, UserError, all_checkpoints, first_line, run
+from arguments import LOG_FILE, OBJECTIVES, Parser, UserError, all_checkpoints, first_line, run
 
 
 def parse_args(argv=None):
@@ -38,6 +38,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from family import NON_EMA, VARIANTS
 from kohya import KOHYA_FILE
+from latent_lpips_files import PUBLISHED
 from loading import DTYPES, hub_flags
 from model_checks import is_folder_name, public_name
 
@@ -45,6 +46,13 @@ from model_checks import is_folder_name, public_name
 CARD, LOSSES, COMPARISON = "README.md", "loss.png", "samples/base_and_finetuned.jpg"
 LARGEST, MOST_PROMPTS, MOST_IMAGES = 1024, 8, 4  # pixels of a side of an image in the comparison, rows, columns
 PAPER = "https://arxiv.org/abs/2411.04873"
+TERMS = {
+    "l2": "the diffusion loss",
+    "lpl": f"the [Latent Perceptual Loss]({PAPER})",
+    "self_perceptual": "the [self-perceptual loss](https://arxiv.org/abs/2401.00110)",
+    "e_latent_lpips": "[E-LatentLPIPS](https://arxiv.org/abs/2405.05967)",
+    "rgb": "the squared error of the decoded images",
+}
 CITATION = """@inproceedings{berrada2025boosting,
   title     = {Boosting Latent Diffusion with Perceptual Objectives},
   author    = {Berrada Ifriqi, Tariq and Astolfi, Pietro and Hall, Melissa and Havasi, Marton and Benchetrit, Yohann
@@ -102,7 +110,7 @@ def metadata(args, family, base, images):
     if "base_model" in found:
         found["base_model_relation"] = "adapter" if args.use_lora else "finetune"
     task = "text-to-image" if args.num_classes is None else "unconditional-image-generation"
-    tags = [task, "diffusers", "diffusers-training", *["latent-perceptual-loss"] * (args.lpl_weight != 0)]
+    tags = [task, "diffusers", "diffusers-training", *["latent-perceptual-loss"] * adds_lpl(args)]
     tags += TAGS.get(family.pipeline_class.__name__, []) + ["lora", "template:sd-lora"] * args.use_lora
     prompt = args.instance_prompt or args.trigger_word
     if prompt:
@@ -190,7 +198,16 @@ def describe_license(args, base):
         text = f"That of {linked(name)}: " + (
             f"[{escaped(terms)}]({found['license_link']})." if "license_link" in found else f"{escaped(terms)}."
         )
-    return text + (f" The VAE {linked(vae)} has its own." if vae else "")
+    text += f" The VAE {linked(vae)} has its own." if vae else ""
+    if args.e_latent_lpips_weight != 0 and is_published(args.e_latent_lpips_model):
+        text += f" These weights learned from {linked(PUBLISHED)}, which is CC BY-NC: not for commercial use."
+    return text
+
+
+def is_published(name):
+    """Whether a network for E-LatentLPIPS is one that Kang et al. have published, or a copy of it."""
+    copied = name.endswith("_latest_vgg16_tuned.pth") or Path(name, "elatentlpips_ckpt").is_dir()
+    return copied or f"{name}/".startswith(f"{PUBLISHED}/")
 
 
 # What people read
@@ -207,12 +224,25 @@ def introduction(args, family):
     data = "tar shards" if args.train_shards else "a folder of images"
     if args.dataset_name:
         data = f"the dataset {linked(args.dataset_name, 'datasets/')}"
-    objective = "the diffusion loss alone"
-    if args.lpl_weight != 0:
-        objective = f"the [Latent Perceptual Loss]({PAPER}) besides the diffusion loss"
-    text += f", {how} on {data} for {args.max_train_steps} steps at {args.resolution} pixels with {objective}."
+    text += f", {how} on {data} for {args.max_train_steps} steps at {args.resolution} pixels with {objective(args)}."
     prompt = args.instance_prompt or args.trigger_word
     return text + (f" Write {code_span(prompt)} in your prompt to get what it has learnt." if prompt else "")
+
+
+def objective(args):
+    """The terms of the loss, in words."""
+    terms = [TERMS["lpl"]] * adds_lpl(args)
+    terms += [TERMS[name] for name in OBJECTIVES if getattr(args, f"{name}_weight") != 0]
+    weighted = f", whose weights come from {TERMS['lpl']}" if args.late_reweight else ""
+    if args.l2_weight == 0:
+        return " and ".join(terms) + " alone" * (len(terms) == 1)
+    besides = f"{' and '.join(terms)} besides " if terms else ""
+    return f"{besides}{TERMS['l2']}{weighted}" + " alone" * (not terms and not weighted)
+
+
+def adds_lpl(args):
+    """Whether LPL is a term of the loss, and not only where the weights of the diffusion loss are from."""
+    return args.lpl_weight != 0 and not args.late_reweight
 
 
 def linked(name, kind=""):
@@ -419,7 +449,7 @@ def draw_losses(log, path, args):
     axes[0, 0].legend()
     if shares:
         axes[0, 1].set_ylabel("share of the loss")
-        if args.lpl_weight == "auto":
+        if args.lpl_weight == "auto" and "lpl" in shares:
             axes[0, 1].axhline(args.lpl_target_share, color="gray", linestyle="--", label="--lpl_target_share")
         axes[0, 1].set_ylim(0, 1.2 * axes[0, 1].get_ylim()[1])
         axes[0, 1].legend()

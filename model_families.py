@@ -7,6 +7,7 @@ import inspect
 from functools import partial
 from types import SimpleNamespace
 
+import diffusers
 import torch
 from diffusers import (
     AuraFlowPipeline,
@@ -48,7 +49,9 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from family import VARIANTS, Family
+from family import VARIANTS, Family, block_names
+from frozen import layers_of
+from latent_lpips import load_latent_lpips
 from loading import (
     check_lora_layers,
     check_text_widths,
@@ -69,6 +72,10 @@ class StableDiffusion(Family):
     pipeline_class, denoiser_name, denoiser_class = StableDiffusionPipeline, "unet", UNet2DConditionModel
     unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     settings = {"requires_safety_checker": False}
+    block_lists = ("down_blocks", "mid_block", "up_blocks")
+
+    def hidden_states(self, output, noisy_latents, conditioning):
+        return output[0] if isinstance(output, tuple) else output  # what comes second is for the skip connections
 
     def _encode(self, captions):
         embeds, _ = self.pipe.encode_prompt(captions, self.device, 1, do_classifier_free_guidance=False)
@@ -146,6 +153,7 @@ class Flux(Family):
     text_encoder_names = ("text_encoder", "text_encoder_2")
     unused = {"feature_extractor": None, "image_encoder": None}
     lora_layers = StableDiffusion3.lora_layers + ",ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     pack = 2
 
     def _encode(self, captions):
@@ -251,6 +259,7 @@ class Flux2Klein(Family):
     """
 
     pipeline_class, denoiser_class = Flux2KleinPipeline, Flux2Transformer2DModel
+    block_lists = Flux.block_lists
     pack = 2
 
     @property
@@ -305,6 +314,9 @@ class Flux2Klein(Family):
     def from_tokens(self, output, latents):
         return output.mT.reshape(latents.shape)
 
+    def hidden_states(self, output, noisy_latents, conditioning):
+        return last_tokens(super().hidden_states(output, noisy_latents, conditioning), noisy_latents, patch=1)
+
     def _sample(self, pipe, prompt, **settings):
         negative = self.encode_prompts([""])["prompt_embeds"]
         latents = pipe(**self.encode_prompts([prompt]), negative_prompt_embeds=negative, **settings).images
@@ -328,6 +340,9 @@ class Chroma(Flux):
         inputs = {"encoder_hidden_states": prompt_embeds, "attention_mask": mask}
         return inputs | self._positions(latents, prompt_embeds)
 
+    def hidden_states(self, output, noisy_latents, conditioning):
+        return last_tokens(super().hidden_states(output, noisy_latents, conditioning), noisy_latents, self.pack)
+
     def _checkpoint_activations(self):
         for block in (*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # diffusers' own loses the mask
@@ -346,6 +361,7 @@ class QwenImage(Flux):
     sampling = {"negative_prompt": ""}  # else the pipeline samples without guidance
     guidance_name = "true_cfg_scale"
     lora_layers = Family.lora_layers
+    block_lists = Family.block_lists
     pack = 1  # its patch_size says so already
     ragged = True
 
@@ -403,6 +419,7 @@ class ZImage(Family):
 
     pipeline_class, denoiser_class = ZImagePipeline, ZImageTransformer2DModel
     timestep_name = "t"
+    block_lists = ("layers",)
     pack = 2
     ragged = True
 
@@ -424,11 +441,15 @@ class ZImage(Family):
     def from_tokens(self, output, latents):
         return -torch.stack(output).squeeze(2)  # it predicts z_0 - eps
 
+    def hidden_states(self, output, noisy_latents, conditioning):
+        return output[:, : noisy_latents[0, 0].numel() // self.pack**2]  # then comes padding, and the text
+
 
 class Lumina2(Family):
     """Lumina-Image 2: its time runs from noise to image; Gemma reads an instruction before each caption."""
 
     pipeline_class, denoiser_class = Lumina2Pipeline, Lumina2Transformer2DModel
+    block_lists = ("layers",)
 
     def _encode(self, captions):
         # The pipeline puts no instruction before a negative prompt.
@@ -449,12 +470,19 @@ class Lumina2(Family):
     def from_tokens(self, output, latents):
         return -output  # it predicts z_0 - eps
 
+    def hidden_states(self, output, noisy_latents, conditioning):
+        """Before the image's tokens come those of the text, as many as each caption has, and after them padding."""
+        tokens = noisy_latents[0, 0].numel() // self.denoiser.config.patch_size**2
+        lengths = conditioning["prompt_attention_mask"].sum(1).tolist()
+        return torch.stack([row[length : length + tokens] for row, length in zip(output, lengths)])
+
 
 class AuraFlow(Family):
     """AuraFlow: flow matching; what is padding of the text embeddings is zero, and no mask is needed."""
 
     pipeline_class, denoiser_class = AuraFlowPipeline, AuraFlowTransformer2DModel
     lora_layers = StableDiffusion3.lora_layers
+    block_lists = ("joint_transformer_blocks", "single_transformer_blocks")
 
     def _encode(self, captions):
         settings = {"device": self.device, "do_classifier_free_guidance": False, **self.text_settings}
@@ -467,6 +495,10 @@ class AuraFlow(Family):
 
     def scale_timesteps(self, timesteps):
         return super().scale_timesteps(timesteps) / 1000
+
+    def hidden_states(self, output, noisy_latents, conditioning):
+        patch = self.denoiser.config.patch_size
+        return last_tokens(super().hidden_states(output, noisy_latents, conditioning), noisy_latents, patch)
 
     def _sample(self, pipe, prompt, **settings):
         mask = torch.ones(1, 1)  # the pipeline wants one and does not read it
@@ -487,6 +519,7 @@ class HunyuanDiT(Family):
     settings = {"requires_safety_checker": False}
     sampling = {"use_resolution_binning": False}
     stock_lora = False
+    block_lists = ("blocks",)
 
     def _encode(self, captions):
         embeddings = {}
@@ -633,6 +666,11 @@ class ClassConditionalMMDiT(ClassConditional):
         return load(DiffusionPipeline, folder, "--output_dir", trust_remote_code=True, **settings)
 
 
+def last_tokens(hidden_states, latents, patch):
+    """The image's `[B, n, D]` where the text's come before: a token is a patch of latents, `patch` positions wide."""
+    return hidden_states[:, -(latents[0, 0].numel() // patch**2) :]
+
+
 FAMILIES = {
     family.pipeline_class.__name__: family
     for family in (
@@ -678,4 +716,15 @@ def find_family(args):
     if args.lora_layers:
         denoiser = from_config_without_values(family.denoiser_class, denoiser_config, torch.float32)
         check_lora_layers(denoiser, [layer.strip() for layer in args.lora_layers.split(",")])
+    check_objectives(args, family, denoiser_config, vae_config)
     return family
+
+
+def check_objectives(args, family, denoiser_config, vae_config):
+    """The layers and the network that flags of the objectives name must fit the models. Raises UserError."""
+    if args.sp_layers:
+        denoiser = from_config_without_values(family.denoiser_class, denoiser_config, torch.float32)
+        layers_of(args.sp_layers, block_names(denoiser, family.block_lists))
+    if args.e_latent_lpips_weight and not args.dry_run:
+        vae = from_config_without_values(getattr(diffusers, vae_config["_class_name"]), vae_config, torch.float32)
+        load_latent_lpips(args.e_latent_lpips_model, vae.config, args.cache_dir)

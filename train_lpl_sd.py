@@ -12,6 +12,7 @@ from arguments import (
     add_lora_arguments,
     add_lpl_arguments,
     add_model_arguments,
+    add_objective_arguments,
     add_output_arguments,
     add_training_arguments,
     run,
@@ -28,6 +29,7 @@ def parse_args(argv=None):
     add_lora_arguments(parser, text_encoders=True)
     add_diffusion_arguments(parser)
     add_lpl_arguments(parser)
+    add_objective_arguments(parser)
     add_output_arguments(parser, guidance_scale=7.5)
     return parse_and_check(parser, argv)
 
@@ -55,10 +57,25 @@ from engines import prepare
 from held_out import HeldOut
 from hub import Hub
 from loading import DTYPES
-from lpl_utils import compare_gradients, lpl_term, summarize
+from loss_terms import (
+    NO_OBJECTIVES,
+    describe_lpl,
+    describe_objectives,
+    diagnose,
+    is_measured,
+    loss_weights,
+    lpl_share,
+    lpl_threshold,
+    make_lpl,
+    make_objectives,
+    measure_weights,
+    resume_lpl,
+    weighted_terms,
+)
+from lpl_utils import lpl_term
 from model_families import find_family
 from noise import add_noise, sample_noise, stratified_quantiles, training_target
-from objectives import calibrate_lpl, describe_lpl, loss_weights, lpl_share, lpl_threshold, make_lpl, resume_lpl
+from objectives import Prediction
 from train_utils import (
     Log,
     add_class_images,
@@ -84,13 +101,14 @@ class Forward(NamedTuple):
     diffusion_loss: torch.Tensor  # [], mean over the batch
     lpl_loss: torch.Tensor  # [], before its weight; 0 without LPL
     lpl_stats: dict
+    objective_losses: dict  # name -> [], mean over the batch, before its weight
+    sample_losses: dict  # name of a term -> [B], without a gradient
     model_pred: torch.Tensor  # [B, C, h, w]
-    sample_losses: torch.Tensor  # [B], both terms, to find the sample that is not finite
     noise_levels: torch.Tensor  # [B], sigma / alpha, on the CPU
 
 
-def training_step(args, family, model, lpl, batch, max_samples=None):
-    """Noise a batch, let the model denoise it, and compare: in latent space, and (with `lpl`) inside the decoder."""
+def training_step(args, family, model, lpl, batch, max_samples=None, objectives=NO_OBJECTIVES):
+    """Noise a batch, let the model denoise it, and compare: latents, the decoder's features (`lpl`), by objectives."""
     generators = sample_generators(args.seed, batch["positions"], purpose=0)
     device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
     timesteps = family.sample_timesteps(generators, batch.get("quantiles", ()))
@@ -107,14 +125,14 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
     weights = loss_weights(args, alpha, sigma, family.prediction_type)
     if weights is not None:
         losses = losses * weights.to(losses.device, non_blocking=True)
-    sample_losses = losses.detach()
+    sample_losses = {"l2": losses.detach()}
     own = slice(batch.get("num_instances"))  # what follows are images of the class, for prior preservation
 
     lpl_loss, lpl_stats = torch.zeros_like(losses[0]), {}
     if lpl is not None:
         lpl_loss, lpl_stats = lpl_term(
             lpl,
-            model_pred[own],
+            model_pred[own].detach() if args.late_reweight else model_pred[own],
             z_t=noisy_latents[own],
             z0=latents[own],
             alpha=alpha[own],
@@ -125,11 +143,20 @@ def training_step(args, family, model, lpl, batch, max_samples=None):
             generator=generators[0],
         )
         chosen = lpl_stats["chosen"].to(losses.device, non_blocking=True)
-        sample_losses = sample_losses.index_add(0, chosen, lpl_stats["sample_loss"].to(losses.dtype))
-    diffusion_loss = losses[own].mean()
+        seen = lpl_stats["sample_loss"].to(losses.dtype)
+        sample_losses["lpl"] = torch.zeros_like(losses[own]).index_add(0, chosen, seen)
+    objective_losses = {}
+    if objectives.terms:
+        levels = timesteps, alpha, sigma, family.prediction_type
+        prediction = Prediction.of(model_pred, noisy_latents, latents, noise, *levels, conditioning).take(own)
+        found = objectives.losses(prediction, partial(sample_generators, args.seed, batch["positions"][own]))
+        sample_losses |= {name: each.detach() for name, each in found.items()}
+        objective_losses = {name: each.mean() for name, each in found.items()}
+    diffusion_loss = objectives.reweigh(losses[own], lpl, lpl_stats, alpha[own], sigma[own]).mean()
     if "num_instances" in batch:
         diffusion_loss = diffusion_loss + args.prior_loss_weight * losses[own.stop :].mean()
-    return Forward(diffusion_loss, lpl_loss, lpl_stats, model_pred, sample_losses, sigma / alpha)
+    terms = diffusion_loss, lpl_loss, lpl_stats, objective_losses, sample_losses
+    return Forward(*terms, model_pred, sigma / alpha)
 
 
 def main(args):
@@ -137,8 +164,8 @@ def main(args):
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     use_lpl = args.lpl_weight != 0
-    if not use_lpl and not args.eval_steps and set(args.given_lpl_flags) - {"--lpl_weight"}:
-        logger.warning("--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect.")
+    if not use_lpl and not args.eval_steps and args.idle_lpl_flags:
+        logger.warning(f"--lpl_weight 0 switches LPL off: {', '.join(args.idle_lpl_flags)} have no effect.")
 
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         logger.warning(f"--learning_rate {args.learning_rate} is low for Prodigy, which finds its own: leave it at 1.")
@@ -175,6 +202,7 @@ def main(args):
     if use_lpl:
         lpl = make_lpl(args, family.vae, family.unscale)
         logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
+    objectives = make_objectives(accelerator, args, family)  # with the model as it is now
     held_out = None
     if args.eval_steps and not args.dry_run:
         held_out = HeldOut(accelerator, args, family, lpl, stream.held_out)
@@ -189,7 +217,7 @@ def main(args):
     lr_scheduler = make_lr_scheduler(args, optimizer)
     ema = make_ema(args, family, weights, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
     if args.dry_run:
-        return dry_run(accelerator, args, family, model, lpl, tau, ema, next(batches()), training_step)
+        return dry_run(accelerator, args, family, model, lpl, tau, objectives, ema, next(batches()), training_step)
 
     # Where to start.
     checkpoints = Checkpoints(accelerator, args, weights, ema, lr_scheduler, stream, hub)
@@ -199,6 +227,8 @@ def main(args):
         global_step, position = state["step"], state["position"]
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
+        if state["objectives"]:
+            objectives.load_state_dict(state["objectives"], args)
     start_run(accelerator, args, global_step)
     logger.info(
         f"{stream.num_samples or 'A stream of'} samples; {args.max_train_steps} steps of {args.train_batch_size} "
@@ -213,9 +243,9 @@ def main(args):
     interruption.defer()  # from here on a signal ends the run after a step, with a checkpoint
     while global_step < args.max_train_steps:
         step_lpl = lpl if global_step >= args.lpl_start_step else None
-        if step_lpl is not None and lpl.weight is None:
-            step = partial(training_step, args, family, model, lpl)
-            calibrate_lpl(accelerator, args, lpl, step, batches(start_position=position))
+        if not is_measured(step_lpl, objectives):
+            step = partial(training_step, args, family, model, step_lpl, objectives=objectives)
+            measure_weights(accelerator, args, step_lpl, objectives, step, batches(start_position=position))
 
         # One optimizer step, of several forward passes if gradients are accumulated.
         diagnostics = {}
@@ -224,13 +254,10 @@ def main(args):
                 group = micro_step * accelerator.num_processes + accelerator.process_index
                 batch["quantiles"] = strata(global_step, group=group)
             with accelerator.accumulate(model):
-                forward = training_step(args, family, model, step_lpl, batch, args.lpl_max_samples)
-                terms = {"l2": forward.diffusion_loss}
-                if step_lpl is not None:
-                    terms["lpl"] = lpl.weight * forward.lpl_loss
-                    if accelerator.sync_gradients and log.is_due(global_step + 1):
-                        diagnostics = compare_gradients(forward.model_pred, *terms.values())
-                        diagnostics |= summarize(forward.lpl_stats)
+                forward = training_step(args, family, model, step_lpl, batch, args.lpl_max_samples, objectives)
+                terms = weighted_terms(args, step_lpl, objectives, forward)
+                if step_lpl is not None and accelerator.sync_gradients and log.is_due(global_step + 1):
+                    diagnostics = diagnose(step_lpl, objectives, forward, terms)
                 loss = sum(terms.values())
                 log.add(terms, forward.sample_losses, forward.noise_levels)
                 if accelerator.sync_gradients:  # stops here if they are not finite, before the weights move
@@ -249,15 +276,17 @@ def main(args):
         log.step(global_step, losses, {"lr": lr_scheduler.get_last_lr()[0], **diagnostics})
 
         if held_out is not None and held_out.is_due(global_step) and not wishes[0]:
-            log.write(global_step, held_out(partial(training_step, args, family, model), weights, ema))
+            step = partial(training_step, args, family, model, objectives=objectives)
+            log.write(global_step, held_out(step, weights, ema))
         if checkpoints.is_due(global_step, wishes):
-            checkpoints.save(global_step, position, lpl)
+            checkpoints.save(global_step, position, lpl, objectives)
         if checkpoints.is_over(global_step, wishes):
             return
         if args.validation_prompts and global_step % args.validation_steps == 0:
             draw(accelerator, args, family, weights, ema, global_step)
 
-    finish(accelerator, args, family, checkpoints, {"Latent Perceptual Loss": describe_lpl(args, family, lpl)})
+    facts = {"Latent Perceptual Loss": describe_lpl(args, family, lpl)}
+    finish(accelerator, args, family, checkpoints, facts | {"Other terms": describe_objectives(args, objectives)})
 
 
 if __name__ == "__main__":

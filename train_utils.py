@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -484,9 +485,13 @@ class Log:
         return step % self.args.logging_steps == 0 or step == self.args.max_train_steps
 
     def add(self, terms, sample_losses, noise_levels):
-        """One forward pass: the loss's terms (name -> scalar), and per sample `[B]` the loss and sigma / alpha."""
+        """One forward pass: the loss's terms (name -> scalar), and of each sample its losses and sigma / alpha.
+
+        sample_losses: name -> `[b]`, of the first b of the B samples; noise_levels: `[B]`.
+        """
         self.terms.append({name: term.detach().float() for name, term in terms.items()})
-        self.samples.append(torch.stack([sample_losses, noise_levels.to(sample_losses, non_blocking=True)]))
+        losses = sum(F.pad(each.float(), (0, len(noise_levels) - len(each))) for each in sample_losses.values())
+        self.samples.append(torch.stack([losses, noise_levels.to(losses, non_blocking=True)]))
 
     def reduce(self, step, wishes=()):
         """Global means since the last call, name -> float, `loss` being their sum, and those of more numbers.

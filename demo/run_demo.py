@@ -36,10 +36,21 @@ NOISE_LEVELS = (0.25, 0.5, 1.0, 1.5)  # sigma / alpha; LPL applies up to 1.5 at 
 # ---------------------------------------------------------------- training
 
 
+def launch() -> str:
+    """How the scripts are started."""
+    return "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def environment() -> dict[str, str]:
+    """With the `accelerate` of this environment, activated or not."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path}
+
+
 def training_command(output_dir: Path, lpl_flags: str, args: argparse.Namespace) -> list[str]:
     """What a user would type."""
     command = f"""
-        accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+        {launch()}
         train_lpl_sd.py --pretrained_model_name_or_path {MODEL.as_posix()}
         --train_data_dir {(PHOTOS / "train").as_posix()} --caption_column text --resolution 128
         --train_batch_size {args.train_batch_size} --max_train_steps {args.max_train_steps} --logging_steps 10
@@ -62,9 +73,7 @@ def finetune(output_dir: Path, lpl_flags: str, args: argparse.Namespace) -> None
         return
     shutil.rmtree(output_dir, ignore_errors=True)
     print(f"\n$ {shlex.join(command)}\n", flush=True)
-    # `accelerate` of this environment, activated or not.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+    subprocess.run(command, check=True, env=environment())
     note.write_text(made_by)
 
 
