@@ -377,7 +377,7 @@ def add_objective_arguments(parser, transformers=False):
         "measured once so that the term is 0.2 of the total, or auto:SHARE; or variance:X, measured once so that its "
         "variance is X times that of the diffusion loss, 0.1 in Table 5.")
     add = group.add_argument
-    add("--l2_weight", type=number, default=1.0, help="weight of the diffusion loss")
+    add("--l2_weight", type=weight, metavar="X", default=1.0, help="weight of the diffusion loss")
     add("--self_perceptual_weight", type=weight, default=0.0, help="weight of the error in hidden features of the "
         "model itself, as it is at the start (Lin & Yang 2024; there it is the only term: --l2_weight 0 --lpl_weight "
         "0)")
@@ -713,6 +713,8 @@ def check_combinations(args):
 def check_objectives(args):
     """The terms of the loss and their weights. Sets `sp_layers` to those of either flag, as words."""
     weights = {name: getattr(args, f"{name}_weight") for name in ("l2", "lpl", *OBJECTIVES)}
+    if isinstance(args.l2_weight, str):
+        raise UserError(f"--l2_weight {args.l2_weight}: give a number, as the other terms are measured by this one.")
     for name, value in weights.items():
         if not isinstance(value, str) and value < 0:
             raise UserError(f"--{name}_weight {value} must not be negative; 0 leaves this term out.")
@@ -743,9 +745,13 @@ def check_objectives(args):
         check_unused(args, ["--late_reweight"], "--l2_weight 0")
     if not args.l2_weight:
         check_unused(args, ["--snr_gamma", "--with_prior_preservation"], "--l2_weight 0")
+        if args.weighting_scheme in ("sigma_sqrt", "cosmap"):  # the others say how noise levels are drawn
+            check_unused(args, ["--weighting_scheme"], "--l2_weight 0")
     if args.sp_layer is not None and args.sp_layers:
         raise UserError("--sp_layer and --sp_layers exclude each other: give one of them.")
-    args.sp_layers = [str(layer) for layer in args.sp_layers or ([] if args.sp_layer is None else [args.sp_layer])]
+    if args.sp_layer is not None:
+        args.sp_layers = [args.sp_layer]
+    args.sp_layers = args.sp_layers and [str(layer) for layer in args.sp_layers]
     if args.self_perceptual_weight and args.transformer_config:
         raise UserError(
             "--self_perceptual_weight compares inside the model as it is at the start, which knows nothing yet with "

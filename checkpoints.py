@@ -187,7 +187,7 @@ class Checkpoints:
         if changed:
             accelerator.print(f"Unlike the run to resume: {'; '.join(changed.values())}.")
         measured = isinstance(self.args.lpl_weight, str)
-        if LPL_SETTINGS & changed.keys() or measured and "lpl_weight" in changed:
+        if LPL_SETTINGS & changed.keys() or measured and WEIGHTS & changed.keys():
             state["lpl"] = None
         if OBJECTIVE_SETTINGS & changed.keys() or "objectives" not in state:
             state["objectives"] = None
@@ -282,7 +282,8 @@ FREE = set(
 )
 # That follow from others:
 FREE |= set(
-    "pipelines changed given_flags idle_lpl_flags absent_parts num_classes latent_size buckets samples".split()
+    "pipelines changed given_flags idle_lpl_flags sp_layer absent_parts num_classes latent_size buckets "
+    "samples".split()
 )
 # With which the saved weights, or the optimizer's state, mean something else:
 FIXED = set(
@@ -296,9 +297,11 @@ LPL_SETTINGS = set(
 )
 
 # And those of the other terms:
-OBJECTIVE_SETTINGS = LPL_SETTINGS | set(
-    "l2_weight self_perceptual_weight e_latent_lpips_weight rgb_weight gate_objectives sp_layers sp_timestep "
-    "sp_distance sp_formulation e_latent_lpips_model e_latent_lpips_augmentations late_reweight".split()
+WEIGHTS = set("l2_weight lpl_weight self_perceptual_weight e_latent_lpips_weight rgb_weight".split())
+OBJECTIVE_SETTINGS = LPL_SETTINGS | WEIGHTS
+OBJECTIVE_SETTINGS |= set(
+    "gate_objectives sp_layers sp_timestep sp_distance sp_formulation e_latent_lpips_model "
+    "e_latent_lpips_augmentations late_reweight".split()
 )
 
 

@@ -37,11 +37,12 @@ def dry_run(accelerator, args, family, model, lpl, tau, objectives, ema, batch, 
     Returns: dict of `trainable_parameters`, `parameters` (the denoiser's); `weights`, `optimizer`, `ema`, `buckets`
         (what several processes exchange gradients with), `gathered` (weights that are whole for a moment, where an
         engine shards them), `frozen` (networks of the terms beside LPL) and, of a whole step with every sample
-        decoded, `peak` and (with the diffusion loss alone) `peak_l2`, in bytes, on one device; `cpu`, bytes that an
-        engine keeps in the CPU's memory for each device; `flops`, expected for an optimizer step of one process,
-        `flops_l2` with the diffusion loss alone, and `flops_of`, name of another term -> what it adds; `lpl_samples`
-        and `lpl_steps`, the shares of them that LPL sees once it has started; `blocks`, those of `measure_blocks`: on
-        the main process, empty without LPL or where they can't be measured.
+        decoded, `peak` and (with the diffusion loss alone, but for the decoder's weights, which are among `weights`)
+        `peak_l2`, in bytes, on one device; `cpu`, bytes that an engine keeps in the CPU's memory for each device;
+        `flops`, expected for an optimizer step of one process, `flops_l2` with the diffusion loss alone, and
+        `flops_of`, name of another term -> what it adds; `lpl_samples` and `lpl_steps`, the shares of them that LPL
+        sees once it has started; `blocks`, those of `measure_blocks`: on the main process, empty without LPL or where
+        they can't be measured.
     """
     engine = planned_engine(os.environ, accelerator.num_processes)
     pictures, batch = batch, encode_ahead(args, family, batch)
@@ -534,7 +535,7 @@ def report(args, engine, count, family, lpl, tau):
         )
 
     rest = count["peak"] - count["frozen"] - sum(count[name] for name in STAYS)
-    due = "LPL" if list(count["flops_of"]) == ["LPL"] else "all but l2"
+    due = "LPL" if count["flops_of"].keys() <= {"LPL"} else "all but l2"
     placed = [denoiser, *(PARTS[part] for part, there in family.placed.items() if there and family.modules(part))]
     rows = [
         ("weights", count["weights"], ", ".join(placed)),
@@ -551,9 +552,10 @@ def report(args, engine, count, family, lpl, tau):
     if engine.processes > 1 or engine.name is not None:
         how += f", {engine.name or 'DDP'} on {engine.processes} devices"
     print(f"\nMemory of a step, on each device ({how})")
+    width = max(24, *(len(name) + 1 for name, _, _ in rows))
     for name, nbytes, note in rows:
         if nbytes or name.startswith(" ") and count["flops_of"]:
-            print(f"  {name:<24}{size(nbytes, 'B', 1024):>12}  {note}".rstrip())
+            print(f"  {name:<{width}}{size(nbytes, 'B', 1024):>12}  {note}".rstrip())
     if count["cpu"]:
         what = "what waits in the CPU's memory, for each device"
         print(f"  {'offloaded':<24}{size(count['cpu'], 'B', 1024):>12}  {what}")

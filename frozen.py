@@ -140,7 +140,8 @@ def layers_of(wanted, blocks):
     for word in wanted:
         if word not in known:
             there = ", ".join(known) if unet else f"1 to {len(blocks)}"
-            raise UserError(f"--sp_layer {word}: this model has no such layer; there are {there}.")
+            flag = "--sp_layers" if len(wanted) > 1 else "--sp_layer"
+            raise UserError(f"{flag} {word}: this model has no such layer; there are {there}.")
     chosen = {name for word in wanted for name in known[word]}
     return [name for name in blocks if name in chosen]
 

@@ -196,7 +196,7 @@ def is_measured(lpl, objectives):
 def measure_weights(accelerator, args, lpl, objectives, step, batches):
     """Measure the weights that the flags leave open, and the variances with which Eq. 15 begins.
 
-    Nothing is trained, and the random state is as before. `auto` makes a term a given share of the whole loss (Fig. 9);
+    Nothing is trained, and the random state stays. `auto` makes a term a given share of the whole loss (Fig. 9);
     `variance:r` makes the variance of its samples' losses r times that of the diffusion loss (App. A.4). Over batches
     and processes, and with the zeros of samples that a gate keeps out: both are about the terms as they are added.
 

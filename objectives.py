@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from latent_lpips import augment, stage_distance
-from lpl_utils import predict_z0, sigma_gate, streamed
+from lpl_utils import _float, predict_z0, sigma_gate, streamed
 from noise import add_noise
 
 
@@ -38,7 +38,8 @@ class Prediction:
     @classmethod
     def of(cls, model_pred, z_t, z0, eps, t, alpha, sigma, prediction_type, conditioning):
         """From the denoiser's output `[B, C, h, w]`; finite where alpha = 0, too, where `epsilon` can't tell z_0."""
-        z0_hat = predict_z0(model_pred, z_t, torch.where(alpha > 0, alpha, 1), sigma, prediction_type)
+        divisor = torch.where(alpha > 0, alpha, 1) if prediction_type == "epsilon" else alpha
+        z0_hat = predict_z0(model_pred, z_t, divisor, sigma, prediction_type)
         eps_hat = predict_eps(model_pred, z_t, alpha, sigma, prediction_type)
         return cls(z0_hat, z0, eps_hat, eps, alpha, sigma, t, conditioning)
 
@@ -147,7 +148,7 @@ class SelfPerceptual:
             return self.frozen.features(noisy_latents, t[part], rows(conditioning, part))
 
         def compare(_, phi_hat, phi, __):
-            return per_sample(self.distance(phi_hat.float() - phi.float()))
+            return per_sample(self.distance(_float(phi_hat) - _float(phi)))
 
         with self.frozen.active():  # the backward pass too is run inside `streamed`
             return streamed(features, compare, noised_hat, noised, self.chunk_size or len(noised))[0]
@@ -196,7 +197,7 @@ class RGB:
         """Losses `[B]`; nothing is drawn."""
 
         def compare(_, image_hat, image, __):
-            return per_sample((image_hat.float() - image.float()).square())
+            return per_sample((_float(image_hat) - _float(image)).square())
 
         features = lambda latents, _: [self.decode(latents)]  # noqa: E731
         z0_hat, z0 = prediction.z0_hat, prediction.z0
@@ -220,7 +221,7 @@ def gated_losses(objective, prediction, passing, generators, size=None):
         size: number of samples that the objective gets in any case: where processes share the weights of its network
             they must run it as often, whatever passes. The gradient of those that do not count is 0.
     """
-    losses = torch.zeros(len(passing), device=prediction.z0.device)
+    losses = torch.zeros_like(prediction.z0_hat[:, 0, 0, 0].detach())
     if size is None:
         index = passing.nonzero().flatten()
         counts = torch.ones(len(index), dtype=torch.bool)

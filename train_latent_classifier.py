@@ -284,9 +284,7 @@ def refuse_other_run(state, settings):
 @torch.no_grad()
 def evaluate(accelerator, args, network, latents, stream, index_of):
     """Cross-entropy and accuracy on the held-out images. All processes call this and share the work."""
-    for (
-        buffer
-    ) in network.buffers():  # each process has its own statistics of the last batch; the first one's are saved
+    for buffer in network.buffers():  # statistics differ by the last batch, and those of the first process are saved
         broadcast(buffer)
     network.eval()
     found = torch.zeros(3, dtype=torch.float64)  # loss, right ones, all

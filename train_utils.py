@@ -547,7 +547,7 @@ class Log:
 def with_shares(losses):
     """Adds what share of the loss each term has that is not the diffusion loss."""
     terms = [name for name in losses if name not in ("loss", "l2")]
-    return losses | {f"{name}_share": losses[name] / losses["loss"] for name in terms}
+    return losses | {f"{name}_share": losses[name] / losses["loss"] if losses["loss"] else 0.0 for name in terms}
 
 
 def replace_text(path, text):
