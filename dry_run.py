@@ -67,10 +67,11 @@ def dry_run(accelerator, args, family, model, lpl, tau, objectives, ema, batch, 
         expected = expected_decoded(args.train_batch_size, share, args.lpl_max_samples)
         count["flops_of"]["LPL"] = passes * expected * (flops - flops_l2) / decoded
     for name, objective in objectives.terms.items():
-        _, flops, _ = step(None, Objectives({name: objective}))
+        peak, flops, _ = step(None, Objectives({name: objective}))
+        peaks.append(peak)
         seen = share if name in objectives.gated and name not in objectives.sizes else 1
         count["flops_of"][TITLES[name]] = passes * seen * (flops - flops_l2)
-    if objectives.terms:
+    if len(count["flops_of"]) > 1:
         peaks.append(step(lpl, Objectives(objectives.terms))[0])
     count["peak"] = fixed + count["frozen"] + max(peaks)
     count["flops"] = count["flops_l2"] + sum(count["flops_of"].values())

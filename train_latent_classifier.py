@@ -316,7 +316,7 @@ def save(args, network):
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         try:
             network.push_to_hub(name)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever the network and the Hub make of it
             raise NotUploaded(
                 f"the upload failed ({first_line(error)}); the network is safe in {args.output_dir}. When the Hub is "
                 f"in reach and you are logged in (`hf auth login`): `hf upload {name} {args.output_dir} .`."

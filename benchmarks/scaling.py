@@ -233,7 +233,7 @@ def schedule(resolution):
     from family import Family
     from lpl_utils import sigma_gate
     from noise import new_scheduler
-    from objectives import lpl_threshold
+    from loss_terms import lpl_threshold
 
     parser = Parser("")
     add_diffusion_arguments(parser)
