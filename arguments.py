@@ -741,8 +741,8 @@ def check_objectives(args):
             raise UserError(f"--gate_objectives {name} needs --{name}_weight: add it, or leave it out.")
     if args.late_reweight and not args.lpl_weight:
         raise UserError("--late_reweight weighs as LPL would: leave out --lpl_weight 0.")
-    if args.late_reweight and not args.l2_weight:
-        check_unused(args, ["--late_reweight"], "--l2_weight 0")
+    if args.late_reweight and args.l2_weight != 1:
+        raise UserError(f"--late_reweight weighs the diffusion loss itself: leave out --l2_weight {args.l2_weight}.")
     if not args.l2_weight:
         check_unused(args, ["--snr_gamma", "--with_prior_preservation"], "--l2_weight 0")
         if args.weighting_scheme in ("sigma_sqrt", "cosmap"):  # the others say how noise levels are drawn

@@ -121,8 +121,9 @@ def latent_lpips(network, z_hat, z):
 def augment(pair, kinds, generators):
     """One random transformation per sample, the same for both latents of a pair (the E of E-LatentLPIPS).
 
-    Those of ADA (Karras et al., 2020, App. B), all of which are applied every time, as Kang et al. do. All geometry is
-    one bilinear sampling, with reflections beyond the border, and without the filter against aliasing of the original.
+    Those of ADA (Karras et al., 2020, App. B) and, for colours, of DiffAugment (Zhao et al., 2020), all of which are
+    applied every time, as Kang et al. do. All geometry is one bilinear sampling, with reflections beyond the border,
+    and without the filter against aliasing of the original.
 
     Args:
         pair: two tensors `[B, C, h, w]`.
@@ -145,9 +146,9 @@ def augment(pair, kinds, generators):
     if {"blit", "geometric"} & set(kinds):
         pair = _move(pair, _geometry(kinds, size, uniform[:6], normal))
     if "color" in kinds:
-        pair = [_recolor(z, *(u.to(z).view(-1, 1, 1, 1) for u in uniform[6:9])) for z in pair]
+        pair = [_recolor(z, *(u.to(z, non_blocking=True).view(-1, 1, 1, 1) for u in uniform[6:9])) for z in pair]
     if "cutout" in kinds:
-        kept = _outside(size, *uniform[9:11]).to(pair[0])
+        kept = _outside(size, *uniform[9:11]).to(pair[0], non_blocking=True)
         pair = [z * kept for z in pair]
     return tuple(pair)
 
@@ -198,7 +199,7 @@ def _shift(x, y):
 def _move(pair, come_from):
     height, width = pair[0].shape[-2:]
     half = torch.tensor([width / 2, height / 2, 1])  # grid_sample goes from -1 to 1 along each side
-    theta = (come_from * half / half.view(3, 1))[:, :2].to(pair[0])
+    theta = (come_from * half / half.view(3, 1))[:, :2].to(pair[0], non_blocking=True)
     both = torch.cat(pair, dim=1)
     grid = F.affine_grid(theta, both.shape, align_corners=False)
     return F.grid_sample(both, grid, padding_mode="reflection", align_corners=False).chunk(2, dim=1)

@@ -122,6 +122,6 @@ def scaling_of(vae_config):
     if vae_config.get("latents_std") and vae_config.get("latents_mean"):
         return [1 / std for std in vae_config["latents_std"]], list(vae_config["latents_mean"])
     raise UserError(
-        "the VAE's config has neither a scaling_factor nor latents_mean and latents_std, so that nobody knows the "
-        "scale of its latents: E-LatentLPIPS needs another one, with --pretrained_vae_model_name_or_path."
+        "E-LatentLPIPS is not there for this VAE, whose config has neither a scaling_factor nor latents_mean and "
+        "latents_std (FLUX.2 scales its latents otherwise): use another objective."
     )

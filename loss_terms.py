@@ -8,6 +8,7 @@ self_perceptual, e_latent_lpips, rgb    what it is compared with (`Objectives`)
 import math
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from counters import without_values
 from engines import engine_name
 from frozen import FrozenDenoiser, layers_of
 from latent_lpips import LatentVGG, load_latent_lpips
+from loading import from_config_without_values
 from lpl_utils import LatentPerceptualLoss, calibrate, compare_gradients, sigma_gate, summarize
 from model_checks import latent_channels
 from objectives import RGB, ELatentLPIPS, LateReweighting, SelfPerceptual, gated_losses, min_snr_weight
@@ -98,11 +100,9 @@ class Objectives:
         late = self.late is not None and self.late.sums is not None
         return {"weights": self.weights, "late": self.late.sums.cpu() if late else None}
 
-    def load_state_dict(self, state, args):
-        """What was measured is not measured again; numbers of the flags count, though."""
-        given = given_weights(args)
-        known = {name: weight for name, weight in state["weights"].items() if name in self.terms}
-        self.weights |= {name: given.get(name, weight) for name, weight in known.items()}
+    def load_state_dict(self, state):
+        """What was measured is not measured again."""
+        self.weights |= state["weights"]
         if self.late is not None and state["late"] is not None:
             self.late.sums = torch.tensor(state["late"], dtype=torch.float64)
 
@@ -124,6 +124,8 @@ def make_objectives(accelerator, args, family):
     tau = lpl_threshold(args)
     late = LateReweighting(tau, partial(accelerator.reduce, reduction="sum")) if args.late_reweight else None
     objectives = Objectives(terms, args.gate_objectives or (), tau, sizes, late)
+    for name in sizes.keys() & terms.keys() if "--lpl_chunk_size" not in args.given_flags else ():
+        terms[name].chunk_size = 0  # every pass would gather them anew
     objectives.weights |= {name: weight for name, weight in given_weights(args).items() if name in terms}
     return objectives
 
@@ -144,7 +146,11 @@ def make_self_perceptual(args, family):
 
 def make_e_latent_lpips(args, family):
     if args.dry_run:
-        network = without_values(LatentVGG(latent_channels(family.vae.config)))
+        config = {"in_channels": latent_channels(family.vae.config)}  # the published ones', but for one of one's own
+        if Path(args.e_latent_lpips_model, "config.json").exists():
+            config = LatentVGG.load_config(args.e_latent_lpips_model)
+        network = from_config_without_values(LatentVGG, config, torch.float32)
+        network = without_values(network).requires_grad_(False)
     else:
         network = load_latent_lpips(args.e_latent_lpips_model, family.vae.config, args.cache_dir).to(family.device)
     return ELatentLPIPS(network, args.e_latent_lpips_augmentations or (), chunk_size=args.lpl_chunk_size)
@@ -171,6 +177,20 @@ def given_weights(args):
     return {name: number for name, (kind, number) in rules.items() if kind == "number"}
 
 
+def describe_gate(args, family):
+    """Whom the gate concerns and how many samples pass it, a sentence, or None. Raises UserError if none ever does."""
+    names = ["LPL"] * (args.lpl_weight != 0) + (args.gate_objectives or [])
+    if not names:
+        return None
+    tau = lpl_threshold(args)
+    share = lpl_share(family, tau)
+    if share == 0:
+        threshold = f"--lpl_sigma_threshold {args.lpl_sigma_threshold}"
+        raise UserError(f"{threshold}: all noise levels of this model are higher, so that no sample passes: raise it.")
+    verb = "applies" if len(names) == 1 else "apply"
+    return f"{' and '.join(names)} {verb} to {share:.1%} of the samples (sigma/alpha at most {tau:g})."
+
+
 def weighted_terms(args, lpl, objectives, forward):
     """The terms of the loss as they are added, name -> `[]`; `lpl` is None before it starts."""
     terms = {"l2": args.l2_weight * forward.diffusion_loss}
@@ -180,8 +200,14 @@ def weighted_terms(args, lpl, objectives, forward):
 
 
 def diagnose(lpl, objectives, forward, terms):
-    """What a log says of LPL besides, name -> number."""
-    found = summarize(forward.lpl_stats)
+    """What a log says besides of LPL, if it has started, and of the gate: name -> number."""
+    found = {}
+    if objectives.gated:
+        own = min(map(len, forward.sample_losses.values()))  # without images of the class
+        found["gated_share"] = (forward.noise_levels[:own] <= objectives.tau).float().mean().item()
+    if lpl is None:
+        return found
+    found |= summarize(forward.lpl_stats)
     if objectives.late is not None:
         return found | objectives.late.summary(lpl.weight)
     return found | compare_gradients(forward.model_pred, terms["l2"], terms["lpl"])
@@ -305,15 +331,16 @@ class Weights:
             losses, number = self.own(forward, name), len(self.own(forward, "l2"))
             sums = sums + torch.stack([torch.full_like(losses.sum(), number), losses.sum(), losses.square().sum()])
         number, total, squares = self.reduce(sums).tolist()
-        return squares / number - (total / number) ** 2
+        variance = squares / number - (total / number) ** 2
+        return max(0.0, variance) if math.isfinite(variance) else variance
 
-    @staticmethod
-    def positive(name, value):
+    def positive(self, name, value):
         if value > 0 and math.isfinite(value):
             return value
         reason = "is 0" if value == 0 else "is not finite"
-        flags = f"--{name}_weight" if name in OBJECTIVES else "the weights"
-        raise UserError(f"weights can't be measured: {name} {reason}; give {flags} a number.")
+        flag = f"--{name}_weight" if name in OBJECTIVES else "those of the other terms"
+        gate = ", or raise --lpl_sigma_threshold" if name in self.objectives.gated else ""
+        raise UserError(f"weights can't be measured: {name} {reason}; give {flag} a number{gate}.")
 
 
 def resume_lpl(args, lpl, state):

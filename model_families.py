@@ -52,6 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from family import VARIANTS, Family, block_names
 from frozen import layers_of
 from latent_lpips import load_latent_lpips
+from latent_lpips_files import PUBLISHED, published_for, scaling_of
 from loading import (
     check_lora_layers,
     check_text_widths,
@@ -725,6 +726,11 @@ def check_objectives(args, family, denoiser_config, vae_config):
     if args.sp_layers:
         denoiser = from_config_without_values(family.denoiser_class, denoiser_config, torch.float32)
         layers_of(args.sp_layers, block_names(denoiser, family.block_lists))
-    if args.e_latent_lpips_weight and not args.dry_run:
+    if args.e_latent_lpips_weight:
         vae = from_config_without_values(getattr(diffusers, vae_config["_class_name"]), vae_config, torch.float32)
-        load_latent_lpips(args.e_latent_lpips_model, vae.config, args.cache_dir)
+        if args.dry_run and args.e_latent_lpips_model == PUBLISHED:
+            published_for(vae.config)  # is not downloaded
+        elif args.dry_run:
+            scaling_of(vae.config)
+        else:
+            load_latent_lpips(args.e_latent_lpips_model, vae.config, args.cache_dir)

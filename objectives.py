@@ -166,7 +166,7 @@ class ELatentLPIPS:
     """
 
     def __init__(self, network, augmentations=(), chunk_size=1):
-        self.network, self.augmentations, self.chunk_size = network, frozenset(augmentations), chunk_size
+        self.network, self.augmentations, self.chunk_size = network.eval(), frozenset(augmentations), chunk_size
         self.modules = [network]
 
     def __call__(self, prediction, generators=None):
@@ -177,7 +177,6 @@ class ELatentLPIPS:
         def compare(l, phi_hat, phi, _):
             return without_stats(stage_distance(phi_hat, phi, self.network.weights[l]))
 
-        self.network.eval()
         features = lambda latents, _: self.network.features(latents)  # noqa: E731
         return streamed(features, compare, z0_hat, z0, self.chunk_size or len(z0))[0]
 

@@ -174,6 +174,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, parse_flag_from_env, set_seed
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
+from huggingface_hub import create_repo
+from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 import interruption
@@ -274,11 +276,28 @@ def save_checkpoint(path, **state):
 def refuse_other_run(state, settings):
     """Raises UserError if a checkpoint is of a run with other settings, {flag: value}."""
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
+        if state and state["settings"].get(name) != value:
             raise UserError(
                 f"--resume_from_checkpoint: that run had {name} {state['settings'].get(name)}, this one {value}: give "
                 "the same, or choose another --output_dir."
             )
+
+
+def make_places(args, output):
+    """The output folder and, if it is asked for, the repository. Raises UserError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output} can't be made ({error.strerror}): name another folder.") from error
+    if args.push_to_hub:
+        name = args.hub_model_id or output.resolve().name
+        try:
+            create_repo(name, exist_ok=True)
+        except (HTTPError, OSError, ValueError) as error:
+            raise UserError(
+                f"--push_to_hub: the repository {name} can't be had ({first_line(error)}): check the name, the "
+                "connection and `hf auth login`."
+            ) from error
 
 
 @torch.no_grad()
@@ -344,6 +363,11 @@ def main(args):
     state = read_checkpoint(args)
     accelerator = make_accelerator(args, state)
     output, is_main = Path(args.output_dir), accelerator.is_main_process
+    names = "seed width resolution random_flip eval_share learning_rate lr_scheduler".split()
+    settings = {f"--{name}": getattr(args, name) for name in names}
+    refuse_other_run(state, settings)
+    if is_main:  # now, so that it is known before hours of training
+        make_places(args, output)
 
     # The images, their classes, and their latents.
     stream = open_samples(args)
@@ -378,18 +402,14 @@ def main(args):
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
     # Where to start.
-    names = "seed width resolution random_flip eval_share learning_rate lr_scheduler".split()
-    settings = {f"--{name}": getattr(args, name) for name in names}
     settings |= {"samples": stream.num_samples, "classes": len(classes), "latent channels": latents.channels}
     step, position = 0, 0
+    refuse_other_run(state, settings)
     if state:
-        refuse_other_run(state, settings)
         step, position = state["step"], state["position"]
         for part, name in ((network, "network"), (optimizer, "optimizer"), (lr_scheduler, "lr_scheduler")):
             part.load_state_dict(state[name])
     del state
-    if is_main:
-        output.mkdir(parents=True, exist_ok=True)
     accelerator.print(
         f"{stream.num_samples} samples of {len(classes)} classes, {held_out.num_samples} held out; steps {step} to "
         f"{args.max_train_steps} of {args.train_batch_size} samples x {accelerator.num_processes} processes; seed "

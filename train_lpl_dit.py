@@ -76,12 +76,12 @@ from hub import Hub
 from loading import DTYPES
 from loss_terms import (
     NO_OBJECTIVES,
+    describe_gate,
     describe_lpl,
     describe_objectives,
     diagnose,
     is_measured,
     loss_weights,
-    lpl_share,
     lpl_threshold,
     make_lpl,
     make_objectives,
@@ -182,7 +182,7 @@ def main(args):
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     use_lpl = args.lpl_weight != 0
     if not use_lpl and not args.eval_steps and args.idle_lpl_flags:
-        logger.warning(f"--lpl_weight 0 switches LPL off: {', '.join(args.idle_lpl_flags)} have no effect.")
+        logger.warning(f"--lpl_weight 0 switches LPL off, so without effect: {', '.join(args.idle_lpl_flags)}.")
 
     if args.optimizer == "prodigy" and args.learning_rate <= 0.1:
         logger.warning(f"--learning_rate {args.learning_rate} is low for Prodigy, which finds its own: leave it at 1.")
@@ -216,9 +216,10 @@ def main(args):
 
     # The perceptual loss: the frozen decoder, hooked.
     lpl, tau = None, lpl_threshold(args)
+    if gate := describe_gate(args, family):
+        logger.info(gate)
     if use_lpl:
         lpl = make_lpl(args, family.vae, family.unscale)
-        logger.info(f"LPL applies to {lpl_share(family, tau):.1%} of the samples (sigma/alpha at most {tau:g}).")
     objectives = make_objectives(accelerator, args, family)  # with the model as it is now
     held_out = None
     if args.eval_steps and not args.dry_run:
@@ -232,7 +233,8 @@ def main(args):
     optimizer = make_optimizer(args, family.trained_parameters, accelerator)  # not held here: FSDP2 frees them
     model, optimizer, weights = prepare(accelerator, args, family, optimizer)
     lr_scheduler = make_lr_scheduler(args, optimizer)
-    ema = make_ema(args, family, weights, default_decay=0.99975 if use_lpl else 0.9999) if args.use_ema else None
+    adds_lpl = use_lpl and not args.late_reweight
+    ema = make_ema(args, family, weights, default_decay=0.99975 if adds_lpl else 0.9999) if args.use_ema else None
     if args.dry_run:
         return dry_run(accelerator, args, family, model, lpl, tau, objectives, ema, next(batches()), training_step)
 
@@ -245,7 +247,7 @@ def main(args):
         if lpl is not None and state["lpl"]:
             resume_lpl(args, lpl, state["lpl"])
         if state["objectives"]:
-            objectives.load_state_dict(state["objectives"], args)
+            objectives.load_state_dict(state["objectives"])
     start_run(accelerator, args, global_step)
     logger.info(
         f"{stream.num_samples or 'A stream of'} samples; {args.max_train_steps} steps of {args.train_batch_size} "
@@ -273,7 +275,7 @@ def main(args):
             with accelerator.accumulate(model):
                 forward = training_step(args, family, model, step_lpl, batch, args.lpl_max_samples, objectives)
                 terms = weighted_terms(args, step_lpl, objectives, forward)
-                if step_lpl is not None and accelerator.sync_gradients and log.is_due(global_step + 1):
+                if accelerator.sync_gradients and log.is_due(global_step + 1):
                     diagnostics = diagnose(step_lpl, objectives, forward, terms)
                 loss = sum(terms.values())
                 log.add(terms, forward.sample_losses, forward.noise_levels)

@@ -43,4 +43,4 @@ def test_the_flags_come_in_the_same_groups():
         [line.split("(")[0].strip() for line in parts(script)["parse_args"] if line.strip().startswith("add_")]
         for script in (train_lpl_sd, train_lpl_dit)
     ]
-    assert calls[0] == calls[1] and len(calls[0]) == 7
+    assert calls[0] == calls[1] and len(calls[0]) == 8

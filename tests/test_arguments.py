@@ -64,9 +64,14 @@ def edit_config(model, tmp_path, part, **changes):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--lpl_weight", "-1"], "--lpl_weight -1.0 must not be negative; 0 switches LPL off"),
-        (["--lpl_weight", "much"], "'much' is neither auto nor a number"),
-        (["--lpl_weight", "nan"], "'nan' is neither auto nor a number"),
+        (["--lpl_weight", "-1"], "--lpl_weight -1.0 must not be negative; 0 leaves this term out"),
+        *(
+            (
+                ["--lpl_weight", text],
+                f"--lpl_weight: {text!r} is no number, nor auto, auto:SHARE (below 1) or variance",
+            )
+            for text in ("much", "nan", "inf", "auto:", "auto:1", "auto:0", "variance", "variance:0", "auto:x")
+        ),
         (["--lpl_num_blocks", "5"], "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks"),
         (["--lpl_num_blocks", "-1"], "--lpl_num_blocks -1 must be at least 0"),
         (["--lpl_target_share", "1"], "--lpl_target_share 1.0 must be between 0 and 1"),
@@ -152,6 +157,16 @@ BELONGS = [
         "--hub_model_id a/b, --hub_token hf_1, --hub_private_repo, --hub_strategy checkpoint",
     ),
     (
+        "--self_perceptual_weight",
+        "--self_perceptual_weight 1",
+        "--sp_layer mid, --sp_layers down1 decoder, --sp_timestep near, --sp_distance l1, --sp_formulation split",
+    ),
+    (
+        "--e_latent_lpips_weight",
+        "--e_latent_lpips_weight auto",
+        "--e_latent_lpips_model owner/name, --e_latent_lpips_augmentations blit cutout",
+    ),
+    (
         "--optimizer prodigy",
         "--optimizer prodigy",
         "--prodigy_beta3 0.9, --prodigy_decouple, --prodigy_use_bias_correction false, "
@@ -181,6 +196,124 @@ def test_a_flag_without_the_one_it_belongs_to_is_refused_and_adding_it_helps(
     flag = [word for word in words if word.startswith("--")][-1].split("=")[0]
     assert f"{flag} has no effect without {needed}: add it, or leave {flag} out." in refuse(*words)
     parse(*words, *added.split())
+
+
+# The terms of the loss
+
+LEFT = "nothing is left that they could be a share of; give one of the weights a number"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        *(
+            (f"--{name}_weight=-1", f"--{name}_weight -1.0 must not be negative; 0 leaves this term out")
+            for name in ("l2", *arguments.OBJECTIVES)
+        ),
+        ("--rgb_weight auto:1.5", "--rgb_weight: 'auto:1.5' is no number, nor auto, auto:SHARE (below 1) or variance"),
+        *(
+            (f"--l2_weight {text}", f"--l2_weight {text}: give a number, as the other terms are measured by this one")
+            for text in ("auto", "variance:0.1")
+        ),
+        ("--l2_weight 0 --lpl_weight 0", "all weights are 0, so there is nothing to learn: give one of --l2_weight, "),
+        ("--lpl_weight auto:0.3", "--lpl_weight auto:0.3: write --lpl_weight auto --lpl_target_share 0.3"),
+        (
+            "--lpl_weight variance:0.1 --lpl_target_share 0.3",
+            "--lpl_target_share has no effect with --lpl_weight variance:0.1: leave one of them out",
+        ),
+        *(
+            (
+                f"--l2_weight 0 --lpl_weight 1 --{name}_weight variance:0.1",
+                f"--{name}_weight variance:0.1 is in units of the diffusion loss: raise --l2_weight above 0",
+            )
+            for name in ("lpl", "self_perceptual")
+        ),
+        ("--l2_weight 0", f"--lpl_weight auto: {LEFT}"),
+        ("--l2_weight 0 --lpl_weight 0 --rgb_weight auto:0.5", f"--rgb_weight auto:0.5: {LEFT}"),
+        ("--rgb_weight auto:0.8", f"--lpl_weight auto, --rgb_weight auto:0.8: {LEFT}"),
+        ("--rgb_weight auto:0.7 --lpl_target_share 0.3", f"--lpl_weight auto, --rgb_weight auto:0.7: {LEFT}"),
+        (
+            "--lpl_weight 1 --rgb_weight auto:0.5 --e_latent_lpips_weight auto:0.3 --self_perceptual_weight auto",
+            f"--self_perceptual_weight auto, --e_latent_lpips_weight auto:0.3, --rgb_weight auto:0.5: {LEFT}",
+        ),
+        ("--gate_objectives rgb", "--gate_objectives rgb needs --rgb_weight: add it, or leave it out"),
+        (
+            "--rgb_weight 1 --gate_objectives rgb self_perceptual",
+            "--gate_objectives self_perceptual needs --self_perceptual_weight: add it, or leave it out",
+        ),
+        ("--late_reweight --lpl_weight 0", "--late_reweight weighs as LPL would: leave out --lpl_weight 0"),
+        (
+            "--late_reweight --lpl_weight 1 --l2_weight 0",
+            "--late_reweight has no effect with --l2_weight 0: leave one of them out",
+        ),
+        (
+            "--snr_gamma 5 --lpl_weight 1 --l2_weight 0",
+            "--snr_gamma has no effect with --l2_weight 0: leave one of them out",
+        ),
+        (
+            "--with_prior_preservation --class_data_dir dogs --class_prompt dog --lpl_weight 1 --l2_weight 0",
+            "--with_prior_preservation has no effect with --l2_weight 0: leave one of them out",
+        ),
+        (
+            "--self_perceptual_weight 1 --sp_layer mid --sp_layers down1",
+            "--sp_layer and --sp_layers exclude each other: give one of them",
+        ),
+        (
+            "--e_latent_lpips_weight 1 --e_latent_lpips_model ./none",
+            "--e_latent_lpips_model: there is no ./none: give Mingguksky/elatentlpips, a file of its format",
+        ),
+    ],
+)
+def test_terms_that_cannot_be(refuse, words, sentence):
+    assert sentence in refuse(*words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--rgb_weight auto:0.7",  # with LPL's fifth, a tenth is left
+        "--l2_weight 0 --rgb_weight 1",  # of which LPL is a share
+        "--l2_weight 0 --lpl_weight 0 --e_latent_lpips_weight 0.5",
+        "--lpl_weight variance:3",
+        "--late_reweight --rgb_weight variance:0.1 --gate_objectives rgb",
+    ],
+)
+def test_terms_that_can_be(parse, words):
+    words = words.split()
+    args = parse(*words)
+    for flag, value in zip(words, words[1:]):
+        if flag.endswith("_weight"):
+            assert getattr(args, flag[2:]) == value_of(value)
+
+
+def test_the_layers_of_either_flag_are_words(parse):
+    perceptual = ("--self_perceptual_weight", 1)
+    assert parse(*perceptual).sp_layers is None
+    assert parse(*perceptual, "--sp_layer", "up2").sp_layers == ["up2"]
+    assert parse(*perceptual, "--sp_layers", "up2", "encoder").sp_layers == ["up2", "encoder"]
+
+
+@pytest.mark.parametrize(
+    "words, idle",
+    [
+        ("--lpl_num_blocks 2 --lpl_chunk_size 2", []),
+        ("--lpl_weight 0", []),
+        ("--lpl_weight 0 --no-lpl_outlier_mask --lpl_num_blocks=2", ["--lpl_num_blocks", "--no-lpl_outlier_mask"]),
+        ("--lpl_weight 0 --lpl_chunk_size 2", ["--lpl_chunk_size"]),
+        ("--lpl_weight 0 --lpl_chunk_size 2 --lpl_max_samples 1 --self_perceptual_weight 1", ["--lpl_max_samples"]),
+        ("--lpl_weight 0 --lpl_gradient_checkpointing --e_latent_lpips_weight 1", ["--lpl_gradient_checkpointing"]),
+        ("--lpl_weight 0 --lpl_gradient_checkpointing --rgb_weight 1", []),
+        ("--lpl_weight 0 --no-lpl_gradient_checkpointing --lpl_compile --rgb_weight 1", ["--lpl_compile"]),
+        ("--lpl_weight 0 --lpl_sigma_threshold 2 --rgb_weight 1", ["--lpl_sigma_threshold"]),
+        (
+            "--lpl_weight 0 --lpl_sigma_threshold 2 --lpl_base_resolution 64 --rgb_weight 1 --gate_objectives rgb "
+            "--lpl_start_step 1",
+            ["--lpl_start_step"],
+        ),
+    ],
+)
+def test_without_lpl_its_flags_are_idle_but_for_those_that_another_term_needs(parse, words, idle):
+    assert parse(*words.split()).idle_lpl_flags == idle
 
 
 @pytest.mark.parametrize(
@@ -491,17 +624,21 @@ def test_only_one_process_of_a_machine_speaks(parse, monkeypatch, capsys):
     assert exit.value.code == 2 and capsys.readouterr().err == ""
 
 
-def test_answers_come_before_the_libraries_load(tiny_sd, photos):
-    command = [sys.executable, ROOT / "train_lpl_sd.py", "--pretrained_model_name_or_path", tiny_sd]
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", *command[1:], "--train_data_dir", photos, "--resolution", "60"],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2 and "--resolution 60" in result.stderr
+@pytest.mark.parametrize(
+    "words", ["--resolution 60", "--l2_weight 0", "--e_latent_lpips_model none.pth --e_latent_lpips_weight 1"]
+)
+def test_answers_come_before_the_libraries_load(tiny_sd, photos, words):
+    command = [sys.executable, "-X", "importtime", ROOT / "train_lpl_sd.py", *words.split()]
+    command += ["--pretrained_model_name_or_path", tiny_sd, "--train_data_dir", photos]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "error: --" in result.stderr
     assert "torch" not in result.stderr  # -X importtime lists every module that was imported
+
+
+def test_help_comes_before_the_libraries_load():
     started = time.monotonic()
-    result = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "train_lpl_sd.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "--lpl_weight" in result.stdout
     assert time.monotonic() - started < 3
 

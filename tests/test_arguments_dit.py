@@ -144,6 +144,14 @@ def vae_of(family, folder, **config):
             "--resolution 208",
             "--resolution 208: the transformer has positions for 192 pixels (pos_embed_max_size), give that or less",
         ),
+        *(
+            (
+                "StableDiffusion3",
+                f"--weighting_scheme {scheme} --l2_weight 0 --lpl_weight 1",
+                "--weighting_scheme has no effect with --l2_weight 0: leave one of them out",
+            )
+            for scheme in ("sigma_sqrt", "cosmap")
+        ),
         ("Flux", "--max_sequence_length 513", "--max_sequence_length 513: FluxPipeline draws with at most 512"),
         ("Flux", "--max_sequence_length 0", "--max_sequence_length 0 must be at least 1"),
         ("Flux", "--train_text_encoder", "--train_text_encoder is not there for transformers"),
@@ -524,6 +532,33 @@ def test_lora_layers_that_are_not_there(train_dit, tiny_pipeline):
 
 
 # Output, speed, help
+
+
+def test_a_new_transformer_has_no_features_to_compare(scratch):
+    message = scratch("--self_perceptual_weight", 1)
+    assert "--self_perceptual_weight compares inside the model as it is at the start, which knows nothing" in message
+    assert "with --transformer_config: train it without at first." in message
+
+
+def test_without_the_diffusion_loss_noise_levels_may_still_be_drawn_in_other_ways(parse):
+    parse("--l2_weight", 0, "--lpl_weight", 1, "--weighting_scheme", "mode")
+
+
+def test_the_layers_of_a_transformer_are_numbers(parse, refuse):
+    flags = ("--self_perceptual_weight", 1)
+    assert "--sp_layer: invalid int value: 'mid'" in refuse(*flags, "--sp_layer", "mid")
+    assert parse(*flags, "--sp_layers", 2, 1).sp_layers == ["2", "1"]
+    assert parse(*flags, "--sp_layer", 0).sp_layers == ["0"]  # only the model can tell that it has no such layer
+
+
+@pytest.mark.parametrize("flags", [("--sp_layer", 0), ("--sp_layer", 3), ("--sp_layers", 1, 3)])
+def test_a_layer_that_the_transformer_lacks_is_refused_before_its_weights_are_loaded(
+    train_dit, tiny_pipeline, monkeypatch, tmp_path, flags
+):
+    monkeypatch.setattr("family.Family.__init__", lambda *_: pytest.fail("it loads the model"))
+    with pytest.raises(arguments.UserError, match=rf"{flags[0]} {flags[-1]}: this model has no .* are 1 to 2\.$"):
+        train_dit("--self_perceptual_weight", 1, *flags, model=tiny_pipeline("StableDiffusion3"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_saved_adapter_is_kept(refuse, tmp_path):

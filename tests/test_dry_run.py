@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from marks import slow_but
 from tiny_models import build_photo_folder, build_tiny_sd, build_tiny_vae
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_lpl_sd
 from arguments import UserError
-from counters import FlopCounter, LiveBytes
+from counters import FlopCounter, LiveBytes, count_flops
 from dry_run import expected_decoded, gpu_norms, size
-from lpl_utils import lpl_term
+from latent_lpips import LatentVGG
+from lpl_utils import LatentPerceptualLoss, lpl_term
 from train_utils import Log
 
 
@@ -67,11 +68,16 @@ def module_sizes(modules):
 
 @pytest.fixture
 def count_real_run(run, monkeypatch):
-    """Counts a real run: `weights` and `ema` when its loop begins, `peak` bytes with what the loop makes, `flops`."""
+    """Counts a real run: `weights`, `ema`, `frozen` when its loop begins, `peak` bytes with what it makes, `flops`."""
 
     def count(*words, on_device, **more):
         there, steps, memory, flops = {}, [], LiveBytes(), FlopCounter()
-        make_checkpoints = train_lpl_sd.Checkpoints
+        make_checkpoints, make_objectives = train_lpl_sd.Checkpoints, train_lpl_sd.make_objectives
+
+        def look_at_objectives(*args):
+            objectives = make_objectives(*args)
+            there["frozen"] = module_sizes(objectives.modules)
+            return objectives
 
         def look(accelerator, args, weights, ema, *more):
             family = weights.family
@@ -99,6 +105,7 @@ def count_real_run(run, monkeypatch):
                     self.counting.close()
                 super().step(step, *args)
 
+        monkeypatch.setattr(train_lpl_sd, "make_objectives", look_at_objectives)
         monkeypatch.setattr(train_lpl_sd, "Checkpoints", look)
         monkeypatch.setattr(train_lpl_sd, "Log", CountingLog)
         with gpu_norms():
@@ -128,6 +135,16 @@ RUNS = {
         EVERYWHERE,
     ),
     "SD without LPL, Prodigy": ("SD", ("--lpl_weight", 0, "--optimizer", "prodigy"), ("encoder", "text_encoders")),
+    "SD, self-perceptual": (
+        "SD",
+        ("--lpl_weight", 0, "--self_perceptual_weight", 1, "--sp_layers", "mid", "decoder"),
+        ("encoder", "text_encoders"),
+    ),
+    "SD LoRA, LPL and two others": (
+        "SD",
+        ("--use_lora", "--rgb_weight", 1, "--self_perceptual_weight", 1, "--lpl_chunk_size", 2),
+        EVERYWHERE,
+    ),
     "SDXL": ("SDXL", ("--optimizer", "adafactor"), EVERYWHERE),
     "SDXL, accumulation": ("SDXL", ("--gradient_accumulation_steps", 3, "--train_batch_size", 1), EVERYWHERE),
     "SDXL LoRA, caches": (
@@ -156,11 +173,12 @@ def test_it_counts_what_a_real_run_does(run, count_real_run, name):
         batch = dict(zip(flags, flags[1:])).get("--train_batch_size", 2)
         real["peak"] -= batch * 3 * 64 * 64 * 4
     print(name, *(f"{key} {counted[key] / real[key] - 1:+.2%}" for key in ("peak", "flops")))
-    assert (counted["weights"], counted["ema"]) == (real["weights"], real["ema"])
+    for part in ("weights", "ema", "frozen"):
+        assert counted[part] == real[part]
     assert counted["peak"] == pytest.approx(real["peak"], rel=0.03)  # 0.15 is asked for
     assert counted["flops"] == pytest.approx(real["flops"], rel=0.01)
     assert counted["peak_l2"] <= counted["peak"]
-    assert (counted["flops_l2"] < counted["flops"]) == ("--lpl_weight" not in RUNS[name][1])
+    assert (counted["flops_l2"] < counted["flops"]) == (name != "SD without LPL, Prodigy")
 
 
 def test_offloaded_average_and_unfused_adamw_count_when_they_are_the_peak(run):
@@ -266,6 +284,96 @@ def test_zero_terminal_snr_and_a_gate_that_nothing_passes(run, capsys):
     assert closed["lpl_samples"] == 0 and closed["flops"] == closed["flops_l2"]
     assert closed["peak"] > closed["peak_l2"], "the peak is that of a step whose samples all pass"
     assert "LPL sees 0.0% of the samples" in capsys.readouterr().out
+
+
+# The other terms
+
+
+def frozen(module):
+    return module.requires_grad_(False).eval()
+
+
+def features_by_hand(name, model):
+    """The features that a term compares, a function of latents, and the bytes of a copy of its network, if any."""
+    if name == "rgb":
+        vae = frozen(AutoencoderKL.from_pretrained(model, subfolder="vae"))
+        return lambda latents: [vae.decode(latents, return_dict=False)[0]], 0
+    if name == "e_latent_lpips":
+        # VGG-16: of each convolution kernel and bias, four numbers for each channel in batch norm, and a count.
+        widths = (4, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+        pairs = list(itertools.pairwise(widths))
+        size = 4 * sum((9 * first + 5) * second for first, second in pairs) + 8 * len(pairs)
+        size += 4 * (64 + 128 + 256 + 512 + 512)  # the weights of the comparison
+        return frozen(LatentVGG(4)).features, size
+    unet = frozen(UNet2DConditionModel.from_pretrained(model, subfolder="unet"))
+    size = sum(4 * p.numel() for part, p in unet.named_parameters() if not part.startswith("up_blocks."))
+    unet.up_blocks, unet.conv_norm_out, unet.conv_out = torch.nn.ModuleList(), None, torch.nn.Identity()
+    text = torch.zeros(2, 77, unet.config.cross_attention_dim)
+    return lambda latents: unet(latents, torch.tensor([5, 5]), text, return_dict=False), size
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("rgb", ()), ("e_latent_lpips", ()), ("self_perceptual", ()), ("self_perceptual", ("--use_lora",))],
+)
+def test_other_terms_cost_what_their_network_does(run, models, name, words):
+    features, network = features_by_hand(name, models["SD"])
+    true, predicted = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8, requires_grad=True)
+
+    def compare():
+        with torch.no_grad():
+            features(true)
+        torch.autograd.grad(sum(phi.sum() for phi in features(predicted)), predicted)
+
+    flags = ("--lpl_weight", 0, f"--{name}_weight", 1, "--gradient_accumulation_steps", 3, *words, "--dry_run")
+    numbers = run(*flags)
+    (of_term,) = numbers["flops_of"].values()
+    assert of_term == 3 * count_flops(compare) and numbers["flops"] == numbers["flops_l2"] + of_term
+    assert numbers["frozen"] == (0 if words else network)
+    assert numbers["peak"] > numbers["peak_l2"] + numbers["frozen"]
+
+
+def test_a_gate_leaves_of_a_terms_work_the_share_that_passes(run, models):
+    abar = DDPMScheduler.from_pretrained(models["SD"], subfolder="scheduler").alphas_cumprod
+    share = (((1 - abar) / abar).sqrt() <= 24 * 64 / 256).float().mean().item()
+    flags = ("--lpl_weight", 0, "--rgb_weight", 1, "--self_perceptual_weight", 1, "--dry_run")
+    everything = run(*flags)
+    gated = run(*flags, "--gate_objectives", "self_perceptual", "--lpl_sigma_threshold", 24)
+    name, other = "Self-perceptual loss", "RGB loss"
+    assert gated["flops_of"][name] == pytest.approx(share * everything["flops_of"][name]) and 0.7 < share < 0.95
+    assert gated["flops_of"][other] == everything["flops_of"][other]
+    assert (gated["frozen"], gated["peak"]) == (everything["frozen"], everything["peak"])
+    assert gated["lpl_samples"] == gated["lpl_steps"] == 0
+
+
+def test_the_terms_add_up_and_are_listed(run, capsys):
+    flags = ("--rgb_weight", "auto:0.3", "--self_perceptual_weight", "variance:0.1", "--sp_layers", "mid", "up1")
+    flags += ("--sp_distance", "l1", "--gate_objectives", "rgb")
+    alone, both = run(*SHORT, "--lpl_weight", 1), run(*SHORT, *flags)
+    out = capsys.readouterr().out.split("Settings\n")[-1]
+    assert list(both["flops_of"]) == ["LPL", "Self-perceptual loss", "RGB loss"]
+    assert both["flops_of"]["LPL"] == alone["flops_of"]["LPL"]
+    assert both["flops"] == pytest.approx(alone["flops"] + sum(list(both["flops_of"].values())[1:]), rel=1e-12)
+    assert alone["frozen"] == 0 < both["frozen"] < both["peak"] - alone["peak"]
+
+    given, defaults = out.split("Settings by default")
+    for line in ("--rgb_weight auto:0.3", "--self_perceptual_weight variance:0.1", "--gate_objectives rgb"):
+        assert f"  {line}\n" in given
+    assert "  --sp_layers mid up1\n" in given and "  --sp_distance l1\n" in given
+    assert "  --l2_weight 1.0\n" in defaults and "late_reweight" not in out
+    rows = dict(re.findall(r"^  +(frozen networks|of it due to [\w -]+?|peak) +([\d.]+ \w+)", defaults, re.MULTILINE))
+    assert rows["frozen networks"] == size(both["frozen"], "B", 1024)
+    assert rows["peak"] == size(both["peak"], "B", 1024)
+    assert rows["of it due to all but l2"] == size(both["peak"] - both["peak_l2"], "B", 1024)
+    for name, flops in both["flops_of"].items():
+        assert rows[f"of it due to {name}"] == size(flops, "FLOP", 1000)
+
+
+def test_late_reweighting_takes_lpl_without_its_gradient(run, models):
+    lpl = LatentPerceptualLoss(AutoencoderKL.from_pretrained(models["SD"], subfolder="vae"), num_blocks=1)
+    with torch.no_grad():
+        forward = count_flops(lambda: lpl.features(torch.zeros(2, 4, 8, 8)))
+    assert run(*WIDE_GATE, *SHORT, "--late_reweight")["flops_of"]["LPL"] == pytest.approx(2 * forward)
 
 
 # What it needs and leaves

@@ -5,7 +5,9 @@ import torch
 from conftest import read_log
 from tiny_models import build_tiny_vae
 
+from latent_lpips import LatentVGG
 from lpl_utils import LatentPerceptualLoss, lpl_term
+from objectives import RGB, ELatentLPIPS, Prediction, gated_losses
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,6 +28,34 @@ def test_the_term_never_waits_for_the_device():
         term()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_other_objectives_never_wait_for_the_device():
+    z0_hat, z0, eps_hat, eps = torch.randn(4, 3, 4, 8, 8, device="cuda")
+    level = torch.tensor([0.6, 0.8, 0.5])
+    prediction = Prediction(z0_hat.requires_grad_(), z0, eps_hat, eps, level, level, torch.tensor([10, 20, 30]), {})
+    vae, network = build_tiny_vae().cuda(), LatentVGG(channels=(4, 4, 8, 8, 8)).requires_grad_(False).cuda()
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    passing = torch.tensor([True, False, True])
+    objectives = [RGB(lambda z: vae.decode(z).sample), ELatentLPIPS(network, ["blit", "geometric", "color", "cutout"])]
+
+    def terms():
+        sum(gated_losses(each, prediction, passing, generators).sum() for each in objectives).backward()
+
+    terms()  # libraries may synchronise while they set up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("lora", [(), ("--use_lora",)], ids=["full", "lora"])
+def test_the_other_objectives_train_in_half_precision(train, lora, precision):
+    flags = ("--mixed_precision", precision, "--vae_dtype", precision, "--lpl_weight", 0, "--gradient_checkpointing")
+    log = read_log(train(*flags, *lora, "--self_perceptual_weight", 1, "--rgb_weight", 1))
+    assert all(row["self_perceptual"] > 0 and row["rgb"] > 0 for row in log)
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])

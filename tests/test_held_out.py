@@ -31,11 +31,11 @@ from arguments import UserError
 from data_utils import HELD_OUT_POSITION, build_dataloader, held_out_batch, held_out_caption, make_stream
 from family import Family
 from features import load_extractor
+from loss_terms import make_lpl
 from lpl_utils import LatentPerceptualLoss
 from metrics import frechet_distance, kernel_distances, moments
 from model_families import find_family
 from noise import training_target
-from objectives import make_lpl
 from train_utils import sample_generators
 
 
@@ -232,10 +232,10 @@ def test_training_itself_sees_no_image_that_is_held_out(train, monkeypatch):
     """In the script, and not only in the stream that it makes."""
     seen, step = [], train_lpl_sd.training_step
 
-    def watched(args, family, model, lpl, batch, *more):
+    def watched(args, family, model, lpl, batch, *more, **settings):
         if torch.is_grad_enabled():
             seen.extend(photo_id(image) for image in batch["pixel_values"])
-        return step(args, family, model, lpl, batch, *more)
+        return step(args, family, model, lpl, batch, *more, **settings)
 
     monkeypatch.setattr(train_lpl_sd, "training_step", watched)
     streams, make = [], train_lpl_sd.make_stream
@@ -295,10 +295,15 @@ def test_evaluating_changes_nothing_of_a_transformer(
 
 
 @torch.no_grad()
-def losses_by_hand(model, folder, unet=None):
-    """Level -> (sigma/alpha, l2, LPL) of a Stable Diffusion on all photos of a folder, by the stock parts."""
+def losses_by_hand(model, folder, unet=None, lora=None, other=None):
+    """Level -> (sigma/alpha, l2, LPL) of a Stable Diffusion on all photos of a folder, by the stock parts.
+
+    other: a function of position, the caption's embeddings, (z_0, eps) as predicted and as they are; instead of LPL.
+    """
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.unet = pipe.unet if unet is None else unet
+    if lora is not None:
+        pipe.load_lora_weights(lora)
     scheduler, lpl = DDPMScheduler.from_config(pipe.scheduler.config), LatentPerceptualLoss(pipe.vae, chunk_size=0)
     rows = [json.loads(row) for row in (folder / "metadata.jsonl").read_text().splitlines()]
     found = {}
@@ -309,25 +314,30 @@ def losses_by_hand(model, folder, unet=None):
         for index, row in enumerate(rows):
             image = torch.from_numpy(np.array(Image.open(folder / row["file_name"]))).permute(2, 0, 1)[None]
             posterior = pipe.vae.encode(image / 127.5 - 1).latent_dist
-            (generator,) = sample_generators(0, [HELD_OUT_POSITION + index + 64 * number], purpose=1)
+            position = HELD_OUT_POSITION + index + 64 * number
+            (generator,) = sample_generators(0, [position], purpose=1)
             latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
             latents = latents * pipe.vae.config.scaling_factor
             noise = torch.randn(latents.shape, generator=generator)
             noisy = scheduler.add_noise(latents, noise, timestep)
             tokens = pipe.tokenizer([row["text"]], padding="max_length", return_tensors="pt")
-            predicted = pipe.unet(noisy, timestep, pipe.text_encoder(tokens.input_ids)[0]).sample
+            text = pipe.text_encoder(tokens.input_ids)[0]
+            predicted = pipe.unet(noisy, timestep, text).sample
             l2.append((predicted - noise).square().mean().item())
             clean = scheduler.step(predicted, timestep, noisy).pred_original_sample
-            perceptual.append(lpl(clean, latents)[0].item())
+            if other is None:
+                perceptual.append(lpl(clean, latents)[0].item())
+            else:
+                perceptual.append(other(position, text, (clean, predicted), (latents, noise)).item())
         found[level] = (((1 - abar) / abar).sqrt().item(), np.mean(l2), np.mean(perceptual))
     return found
 
 
-def assert_by_hand(row, expected, tau, rel=2e-4):
+def assert_by_hand(row, expected, tau, rel=2e-4, name="lpl"):
     named = {f"{noise:.3g}": (l2, perceptual if noise <= tau else None) for noise, l2, perceptual in expected}
-    wanted = {f"eval_l2_at_{name}": l2 for name, (l2, _) in named.items()}
-    wanted |= {f"eval_lpl_at_{name}": value for name, (_, value) in named.items() if value is not None}
-    for term in ("l2", "lpl"):
+    wanted = {f"eval_l2_at_{level}": l2 for level, (l2, _) in named.items()}
+    wanted |= {f"eval_{name}_at_{level}": value for level, (_, value) in named.items() if value is not None}
+    for term in ("l2", name):
         wanted[f"eval_{term}"] = np.mean([value for name, value in wanted.items() if f"_{term}_at" in name])
     assert row == pytest.approx({"step": row["step"], **wanted}, rel=rel)
 
@@ -386,6 +396,36 @@ def transformer_losses_by_hand(args):
             perceptual.append(lpl(clean, latents)[0].item())
         expected.append(((sigma / alpha).item(), np.mean(l2), np.mean(perceptual)))
     return expected
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_the_self_perceptual_loss_of_adapters_is_that_by_hand_in_the_base_model(train, tiny_sd, tmp_path, gate):
+    folder = build_photo_folder(tmp_path / "mine", n=3, size=64, seed=1)
+    flags = ("--use_lora", "--learning_rate", 0.05, "--self_perceptual_weight", 1, "--lpl_weight", 0)
+    flags += ("--gate_objectives", "self_perceptual", "--lpl_sigma_threshold", 8) if gate else ()
+    output = train(*flags, "--eval_steps", 3, "--eval_data_dir", folder, steps=3)
+    scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
+    middle = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")  # gives what its mid block gives
+    middle.up_blocks, middle.conv_norm_out, middle.conv_out = torch.nn.ModuleList(), None, torch.nn.Identity()
+
+    def self_perceptual(position, text, *sides):
+        timestep = torch.randint(1000, (1,), generator=sample_generators(0, [position], purpose=2)[0])
+        phis = [middle(scheduler.add_noise(*side, timestep), timestep, text, return_dict=False)[0] for side in sides]
+        return (phis[0] - phis[1]).square().mean()
+
+    (row,) = evaluations(output)
+    row = {name: value for name, value in row.items() if "lpl" not in name}  # is measured as well, without training it
+    expected = losses_by_hand(tiny_sd, folder, lora=output, other=self_perceptual)
+    assert_by_hand(row, expected.values(), tau=2 if gate else 1e9, name="self_perceptual")
+    levels = [name for name in row if name.startswith("eval_self_perceptual_at")]
+    assert len(levels) == (3 if gate else 5)
+
+
+def test_other_terms_are_evaluated_before_their_weight(train):
+    flags = ("--rgb_weight", "auto:0.3", "--lpl_weight", 0, "--learning_rate", 0)
+    first, second = evaluations(train(*flags, *THIRD))
+    assert first.pop("step") != second.pop("step") and first == second
+    assert first["eval_rgb"] > 0 and len([name for name in first if name.startswith("eval_rgb_at")]) == len(LEVELS)
 
 
 def test_weights_that_stay_have_the_same_numbers_at_every_step(still):

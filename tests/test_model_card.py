@@ -26,7 +26,8 @@ import model_families
 import train_lpl_dit
 import train_lpl_sd
 import train_utils
-from arguments import UserError
+from arguments import OBJECTIVES, UserError
+from loss_terms import NO_OBJECTIVES, Objectives, describe_objectives
 
 
 FLAGS = ["--train_data_dir", "photos of mine", "--output_dir", "out", "--push_to_hub"]
@@ -268,7 +269,29 @@ def test_a_prompt_is_read_as_it_was_written(tmp_path, prompt):
     [
         (["--dataset_name", "owner/data"], train_lpl_sd, "[owner/base](https://huggingface.co/owner/base)"),
         (["--use_lora"], train_lpl_sd, "LoRA weights for [owner/base]"),
-        (["--lpl_weight", 0], train_lpl_sd, "with the diffusion loss alone."),
+        (["--lpl_weight", 0], train_lpl_sd, " with the diffusion loss alone."),
+        (
+            ["--lpl_weight", 0, "--rgb_weight", 1],
+            train_lpl_sd,
+            " with the squared error of the decoded images besides",
+        ),
+        (
+            ["--lpl_weight", 0, "--l2_weight", 0, "--self_perceptual_weight", 1],
+            train_lpl_sd,
+            " with the [self-perceptual loss](https://arxiv.org/abs/2401.00110) alone.",
+        ),
+        (
+            ["--lpl_weight", 1, "--l2_weight", 0, "--e_latent_lpips_weight", 1],
+            train_lpl_dit,
+            "with the [Latent Perceptual Loss](https://arxiv.org/abs/2411.04873) and "
+            "[E-LatentLPIPS](https://arxiv.org/abs/2405.05967).",
+        ),
+        (["--rgb_weight", 1], train_lpl_sd, "and the squared error of the decoded images besides the diffusion loss."),
+        (
+            ["--late_reweight"],
+            train_lpl_sd,
+            " with the diffusion loss, whose weights come from the [Latent Perceptual Loss](https://arxiv.org/abs/",
+        ),
         (["--train_shards", "/data/mine/{0..9}.tar"], train_lpl_sd, "trained on tar shards for 100 steps"),
         (["--transformer_config", "x.json"], train_lpl_dit, "A `Linear` in the pipeline of [owner/base]"),
         (["--pretrained_vae_model_name_or_path", "owner/vae"], train_lpl_sd, "with the VAE [owner/vae]("),
@@ -284,6 +307,46 @@ def test_the_introduction_says_what_was_trained_on_what(words, script, first):
     if "--dataset_name" in words:
         assert "trained on the dataset [owner/data](https://huggingface.co/datasets/owner/data) for" in text
     assert ("from scratch" in text) == ("--transformer_config" in words)
+
+
+@pytest.mark.parametrize(
+    "words, tagged, cited",
+    [
+        ([], True, True),
+        (["--late_reweight"], False, True),
+        (["--lpl_weight", 0], False, False),
+        (["--lpl_weight", 0, "--self_perceptual_weight", 1], False, False),
+        (["--l2_weight", 0, "--lpl_weight", 1], True, True),
+    ],
+)
+def test_the_tag_is_for_models_that_lpl_has_trained(tmp_path, words, tagged, cited):
+    args = of_base(*words, "--output_dir", tmp_path)
+    model_card.write_model_card(args, SD, {}, {}, [], [])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert ("latent-perceptual-loss" in card.data.tags) == tagged and ("## Citation" in card.text) == cited
+
+
+def test_other_terms_have_a_section_if_there_are_any(tmp_path):
+    words = ["--rgb_weight", "auto:0.3", "--self_perceptual_weight", "variance:0.1", "--sp_distance", "l1"]
+    words += ["--e_latent_lpips_weight", 0.5, "--e_latent_lpips_augmentations", "blit", "cutout"]
+    args = of_base(*words, "--gate_objectives", "rgb", "--l2_weight", 0.25, "--output_dir", tmp_path)
+    objectives = Objectives(dict.fromkeys(OBJECTIVES), gated=args.gate_objectives)
+    objectives.weights |= {"rgb": 1.5, "self_perceptual": 0.123456789, "e_latent_lpips": 0.5}
+    model_card.write_model_card(args, SD, {}, {"Other terms": describe_objectives(args, objectives)}, [], [])
+    html = rendered(ModelCard.load(tmp_path / "README.md").text)
+    section = html.split("<h2>Other terms</h2>")[1].split("<h2>")[0]
+    rows = dict(re.findall("<td>(.*?)</td>\n<td>(.*?)</td>", section))
+    assert rows["Diffusion loss"] == "weight 0.25"
+    perceptual = rows["Self-perceptual loss"]
+    assert "weight 0.12346, measured so that its variance is 0.1 times that of the diffusion loss; " in perceptual
+    assert "uniform, l1, joint" in perceptual and "only where LPL applies" not in perceptual
+    assert "weight 0.5; augmentations: blit, cutout" in rows["E-LatentLPIPS"]
+    assert "weight 1.5, measured so that it is 30% of the loss; " in rows["RGB loss"]
+    assert rows["RGB loss"].endswith(", only where LPL applies") and len(rows) == 4
+
+    args = of_base("--output_dir", tmp_path)
+    model_card.write_model_card(args, SD, {}, {"Other terms": describe_objectives(args, NO_OBJECTIVES)}, [], [])
+    assert "Other terms" not in (tmp_path / "README.md").read_text()
 
 
 # The losses
@@ -349,6 +412,12 @@ def test_lpl_is_shown_where_it_was(monkeypatch, tmp_path, log, steps):
     expected = f"{np.mean(with_lpl):.1%} on average{span}, {with_lpl[-1]:.1%} at the end"
     assert facts["Share of lpl in the loss"] == expected and "lpl_gradient" not in str(facts)
     assert ("lpl" in facts["Losses at the end"]) == ("lpl" in log[-1])
+
+
+def test_the_aim_of_lpl_is_drawn_where_lpl_is(monkeypatch, tmp_path):
+    log = [{"step": i, "loss": 1.0, "l2": 0.9, "rgb": 0.1, "rgb_share": 0.1} for i in (1, 2)]
+    _, shares = drawn_lines(monkeypatch, tmp_path, log, "--late_reweight", "--rgb_weight", 1)
+    assert shares.keys() == {"raw 0", "rgb_share"}
 
 
 def test_the_end_is_the_last_tenth_of_the_log(tmp_path):
@@ -498,6 +567,31 @@ def test_from_scratch_the_license_is_the_authors():
     assert text.startswith("The license of these weights is for their author to say. The VAE [a/vae](")
 
 
+@pytest.mark.parametrize(
+    "network, published",
+    [
+        ("Mingguksky/elatentlpips", True),
+        ("Mingguksky/elatentlpips/elatentlpips_ckpt/sd3_latest_vgg16_tuned.pth", True),
+        ("downloads/sdxl_latest_vgg16_tuned.pth", True),
+        ("download", True),  # of all of them
+        ("Mingguksky/elatentlpips-of-mine", False),
+        ("owner/latent-vgg", False),
+        ("mine", False),
+    ],
+)
+def test_networks_that_are_not_for_commercial_use_are_named(tmp_path, monkeypatch, network, published):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "download" / "elatentlpips_ckpt").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    said = (
+        "learned from [Mingguksky/elatentlpips](https://huggingface.co/Mingguksky/elatentlpips), which is CC BY-NC: "
+    )
+    args = of_base("--e_latent_lpips_weight", 1, "--e_latent_lpips_model", network)
+    assert (said + "not for commercial use." in model_card.describe_license(args, {"license": "mit"})) == published
+    assert "commercial" not in model_card.describe_license(of_base(), {"license": "mit"})
+
+
 BASE_CARD = "---\nlicense: other\nlicense_name: my-terms\nlicense_link: LICENSE.md\n---\n# Base\n"
 
 
@@ -538,6 +632,16 @@ def test_the_hubs_card_is_read_at_the_revision(tmp_path, monkeypatch):
             "--no-lpl_detach_stats --no-lpl_outlier_mask --lpl_weight 0.25 --no-lpl_gradient_checkpointing",
         ),
         (train_lpl_sd, "--lpl_gradient_checkpointing --lpl_compile --lpl_compile --lpl_max_samples 0.5"),
+        (
+            train_lpl_sd,
+            "--self_perceptual_weight auto:0.3 --sp_layers down1 mid --gate_objectives self_perceptual "
+            "--l2_weight 0.5 --late_reweight --lpl_weight variance:0.1",
+        ),
+        (
+            train_lpl_dit,
+            "--self_perceptual_weight 1e-3 --sp_layer 8 --e_latent_lpips_weight auto --e_latent_lpips_model owner/vgg "
+            "--e_latent_lpips_augmentations blit cutout --l2_weight 0 --lpl_weight 0",
+        ),
         (train_lpl_sd, "--lpl_weight auto --lpl_target_share 0.3 --noise_offset 1e-05 --adam_epsilon 1e-12"),
         (
             train_lpl_sd,
@@ -564,7 +668,7 @@ def test_the_command_gives_the_same_settings_again(monkeypatch, script, words):
     monkeypatch.setattr("test_model_card.FLAGS", [])
     repeated = parse(*again, script=script)
     assert repeated.changed == args.changed and args.changed.keys() >= {"train_data_dir", "validation_prompts"}
-    unlike = {"given_flags", "given_lpl_flags"}
+    unlike = {"given_flags", "idle_lpl_flags"}
     assert {k: v for k, v in vars(repeated).items() if k not in unlike} == {
         k: v for k, v in vars(args).items() if k not in unlike
     }

@@ -11,8 +11,8 @@ from tiny_models import build_photo_folder, photo_id
 import train_lpl_dit
 import train_lpl_sd
 from data_utils import PRIOR_POSITION, TrainingStream, build_dataloader
+from loss_terms import make_lpl
 from model_families import find_family
-from objectives import make_lpl
 
 
 CLASS = "a photo of a dog"

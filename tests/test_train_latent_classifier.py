@@ -235,7 +235,14 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(train, tmp_path
         train("--max_train_steps", 4, "--resume_from_checkpoint", "latest")
 
 
-def test_a_failed_upload_leaves_the_result_and_says_how_to_do_it_by_hand(train, tmp_path):
+def test_a_repository_that_can_not_be_had_is_told_before_anything_is_encoded(train, monkeypatch):
+    monkeypatch.setattr(train_latent_classifier, "Latents", lambda *_: pytest.fail("the VAE was loaded"))
+    with pytest.raises(UserError, match="--push_to_hub: the repository me/net can't be had"):
+        train("--max_train_steps", 1, "--push_to_hub", "--hub_model_id", "me/net")
+
+
+def test_a_failed_upload_leaves_the_result_and_says_how_to_do_it_by_hand(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_latent_classifier, "create_repo", lambda *_, **__: None)
     with pytest.raises(NotUploaded, match=f"safe in {tmp_path}/out.*`hf upload me/net {tmp_path}/out .`"):
         train("--max_train_steps", 1, "--push_to_hub", "--hub_model_id", "me/net")
     assert LatentVGG.from_pretrained(tmp_path / "out").config.num_classes == 3

@@ -35,8 +35,8 @@ import train_lpl_dit
 from arguments import UserError
 from data_utils import build_dataloader, make_stream
 from dry_run import saved_by_quantising
+from loss_terms import make_lpl
 from model_checks import latent_channels
-from objectives import make_lpl
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
 
@@ -556,7 +556,7 @@ def test_a_decoder_that_lpl_refuses_is_found_before_anything_is_encoded(train_di
     def refuse(*args, **kwargs):
         raise ValueError("it adds noise")
 
-    monkeypatch.setattr("objectives.LatentPerceptualLoss", refuse)
+    monkeypatch.setattr("loss_terms.LatentPerceptualLoss", refuse)
     monkeypatch.setattr("train_utils.share_work", lambda *args: pytest.fail("something was encoded"))
     with pytest.raises(UserError, match="LPL can't be computed: it adds noise"):
         train_dit(*CACHES, model=tiny_pipeline("StableDiffusion3"))

@@ -189,10 +189,18 @@ def test_bf16_trains_float32_weights_and_saves_the_frozen_models_unchanged(train
         assert_same_weights(before, after)
 
 
-def test_a_gate_that_nothing_passes_is_refused(train, monkeypatch):
-    monkeypatch.setattr("objectives.MOST_CALIBRATION_BATCHES", 24)  # more than there are by default
-    with pytest.raises(UserError, match="no sample passed the gate.*--lpl_sigma_threshold"):
-        train("--lpl_sigma_threshold", 0.001)
+@pytest.mark.parametrize(
+    "flags, threshold, message",
+    [
+        ((), 0.13, "no sample passed the gate.*--lpl_sigma_threshold"),  # 1 of 1,000 noise levels does
+        ((), 0.001, "--lpl_sigma_threshold 0.001.* no sample passes: raise it"),
+        (("--lpl_weight", 0, "--rgb_weight", 1, "--gate_objectives", "rgb"), 0.001, "no sample passes: raise it"),
+    ],
+)
+def test_a_gate_that_nothing_passes_is_refused(train, monkeypatch, flags, threshold, message):
+    monkeypatch.setattr("loss_terms.MOST_CALIBRATION_BATCHES", 24)  # more than there are by default
+    with pytest.raises(UserError, match=message):
+        train(*flags, "--lpl_sigma_threshold", threshold)
 
 
 def test_a_base_model_that_is_gone_does_not_cost_the_result(train, tmp_path, monkeypatch):
@@ -228,8 +236,16 @@ def test_weight_zero_never_decodes_and_warns_once(train, monkeypatch, caplog):
     monkeypatch.setattr(AutoencoderKL, "decode", lambda *_, **__: pytest.fail("the decoder was used"))
     train("--lpl_weight", 0, "--lpl_num_blocks", 3)
     assert [r.message for r in caplog.records if "--lpl_" in r.message] == [
-        "--lpl_weight 0 switches LPL off: the other --lpl_ flags have no effect."
+        "--lpl_weight 0 switches LPL off, so without effect: --lpl_num_blocks."
     ]
+
+
+@pytest.mark.parametrize("other", [(), ("--lpl_weight", 0, "--rgb_weight", 1, "--gate_objectives", "rgb")])
+def test_steps_whose_samples_are_all_kept_out_by_the_gate_have_no_loss(train, other):
+    output = train(*GIVEN, "--l2_weight", 0, *(other or ("--lpl_weight", 1)), "--lpl_sigma_threshold", 0.13, steps=2)
+    name = "rgb" if other else "lpl"
+    for row in read_log(output):
+        assert row["loss"] == row["l2"] == row[name] == row[f"{name}_share"] == row["gated_share"] == 0
 
 
 def test_max_samples_bounds_what_is_decoded(train, monkeypatch):

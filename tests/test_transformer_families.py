@@ -30,10 +30,10 @@ from tiny_models import build_tiny_vae
 from tiny_transformers import build_tiny_pipeline
 
 import train_lpl_dit
+from loss_terms import lpl_share
 from lpl_utils import predict_z0
 from model_families import FAMILIES, find_family
 from noise import flow_sigmas
-from objectives import lpl_share
 from pipeline_class_conditional import ClassConditionalPipeline, ClassConditionalSD3Transformer2DModel
 
 
