@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 demo: .venv/demo  ## l2 against l2 + LPL on real photographs, about five minutes on two cores
 	$(BIN)/python demo/run_demo.py
 
-compare: .venv/demo  ## the demo's model with each of the perceptual objectives, about twenty minutes on two cores
+compare: .venv/demo  ## the demo's model with each of the perceptual objectives, about half an hour on two cores
 	$(BIN)/python demo/compare_objectives.py
 
 test: .venv/test .venv/inception/installed  ## the fast tests
