@@ -231,9 +231,9 @@ def schedule(resolution):
 
     from arguments import Parser, add_diffusion_arguments, add_lpl_arguments
     from family import Family
+    from loss_terms import lpl_threshold
     from lpl_utils import sigma_gate
     from noise import new_scheduler
-    from loss_terms import lpl_threshold
 
     parser = Parser("")
     add_diffusion_arguments(parser)

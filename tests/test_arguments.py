@@ -242,9 +242,12 @@ LEFT = "nothing is left that they could be a share of; give one of the weights a
             "--gate_objectives self_perceptual needs --self_perceptual_weight: add it, or leave it out",
         ),
         ("--late_reweight --lpl_weight 0", "--late_reweight weighs as LPL would: leave out --lpl_weight 0"),
-        (
-            "--late_reweight --lpl_weight 1 --l2_weight 0",
-            "--late_reweight has no effect with --l2_weight 0: leave one of them out",
+        *(
+            (
+                f"--late_reweight --lpl_weight 1 --l2_weight {number}",
+                f"--late_reweight weighs the diffusion loss itself: leave out --l2_weight {number}",
+            )
+            for number in (0.0, 0.5)
         ),
         (
             "--snr_gamma 5 --lpl_weight 1 --l2_weight 0",
@@ -276,6 +279,7 @@ def test_terms_that_cannot_be(refuse, words, sentence):
         "--l2_weight 0 --lpl_weight 0 --e_latent_lpips_weight 0.5",
         "--lpl_weight variance:3",
         "--late_reweight --rgb_weight variance:0.1 --gate_objectives rgb",
+        "--late_reweight --rgb_weight auto:0.9",  # LPL takes no share then
     ],
 )
 def test_terms_that_can_be(parse, words):

@@ -277,11 +277,11 @@ def test_shares_and_flops_of_a_narrow_gate(run, models, accumulation):
     assert narrow["flops"] == pytest.approx(narrow["flops_l2"] + of_lpl)
 
 
-def test_zero_terminal_snr_and_a_gate_that_nothing_passes(run, capsys):
+def test_zero_terminal_snr_and_a_gate_that_next_to_nothing_passes(run, capsys):
     flags = ("--rescale_betas_zero_snr", "--prediction_type", "v_prediction", "--train_batch_size", 1, *SHORT)
     flags += ("--timestep_bias_strategy", "range", "--timestep_bias_begin", 999, "--timestep_bias_multiplier", 1e9)
-    closed = run(*flags, "--lpl_sigma_threshold", 0.001)
-    assert closed["lpl_samples"] == 0 and closed["flops"] == closed["flops_l2"]
+    closed = run(*flags, "--lpl_sigma_threshold", 0.13)  # the first of the timesteps passes, and the last is drawn
+    assert 0 < closed["lpl_samples"] < 1e-8 and closed["flops"] == pytest.approx(closed["flops_l2"])
     assert closed["peak"] > closed["peak_l2"], "the peak is that of a step whose samples all pass"
     assert "LPL sees 0.0% of the samples" in capsys.readouterr().out
 

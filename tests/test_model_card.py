@@ -635,7 +635,7 @@ def test_the_hubs_card_is_read_at_the_revision(tmp_path, monkeypatch):
         (
             train_lpl_sd,
             "--self_perceptual_weight auto:0.3 --sp_layers down1 mid --gate_objectives self_perceptual "
-            "--l2_weight 0.5 --late_reweight --lpl_weight variance:0.1",
+            "--late_reweight --lpl_weight variance:0.1",
         ),
         (
             train_lpl_dit,
