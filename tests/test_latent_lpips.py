@@ -344,7 +344,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@pytest.mark.parametrize("kinds", [{kind} for kind in KINDS] + [set(KINDS)], ids=str)
+@pytest.mark.parametrize("kinds", [*({kind} for kind in KINDS), set(KINDS)], ids=[*KINDS, "all"])
 def test_a_pair_is_transformed_alike_and_each_sample_by_its_own_generator(kinds):
     z = draw(3, 4, 12, 8)
     first, second = augment((z, z.clone()), kinds, generators(1, 2, 3))
