@@ -108,7 +108,7 @@ class Forward(NamedTuple):
 
 
 def training_step(args, family, model, lpl, batch, max_samples=None, objectives=NO_OBJECTIVES):
-    """Noise a batch, let the model denoise it, and compare: latents, the decoder's features (`lpl`), by objectives."""
+    """Noise a batch, let the model denoise it, and compare: in latent space, in the decoder, as `objectives` do."""
     generators = sample_generators(args.seed, batch["positions"], purpose=0)
     device_generators = sample_generators(args.seed, batch["positions"], purpose=1, device=family.device)
     timesteps = family.sample_timesteps(generators, batch.get("quantiles", ()))
