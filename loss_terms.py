@@ -62,9 +62,11 @@ def lpl_threshold(args):
 class Objectives:
     """What is compared besides latents and the decoder's features: the objectives with a weight, by name.
 
-    terms: name -> objective; names, tau: those that see only samples with sigma / alpha at most tau.
-    sizes: name -> how many samples an objective gets in any case (see `objectives.gated_losses`).
-    late: a LateReweighting, or None.
+    Args:
+        terms: name -> objective.
+        gated: names of those that see only samples with sigma / alpha at most tau.
+        sizes: name -> how many samples an objective gets in any case (see `objectives.gated_losses`).
+        late: a LateReweighting, or None.
     """
 
     def __init__(self, terms, gated=(), tau=None, sizes=None, late=None):
