@@ -143,7 +143,7 @@ def as_flags(**names):
         raise UserError(text) from error
 
 
-OBJECTIVES = ("self_perceptual", "e_latent_lpips", "rgb")
+OBJECTIVES = ("self_perceptual", "e_latent_lpips", "rgb", "clean_latent")
 
 
 def weight(text):
@@ -361,15 +361,19 @@ def add_lpl_arguments(parser):
     add("--lpl_outlier_mask", action=argparse.BooleanOptionalAction, default=True, help="Algorithm 1")
     add("--lpl_outlier_source", choices=["prediction", "target", "union"], default="prediction",
         help="whose features are searched for outliers")
+    add("--lpl_outlier_positions", type=int, metavar="N", help="take the percentiles that tell outliers from at most "
+        "N positions of a feature map, such as 16384: faster; by default from all")
     add("--lpl_start_step", type=int, default=0, help="optimizer step from which on LPL applies")
     add("--lpl_chunk_size", type=int, default=1, help="samples decoded at a time, or run through the network of "
         "another objective: memory against speed; 0: all, and LPL keeps the whole graph")
     add("--lpl_max_samples", type=number, help="decode at most this many samples per process and forward pass; below "
         "1: each with this probability; unbiased")
     add("--lpl_gradient_checkpointing", action=argparse.BooleanOptionalAction, help="recompute the decoder's "
-        "activations; by default with --gradient_checkpointing, and from 1024 pixels on")
+        "activations; by default above 1024 pixels")
     add("--lpl_compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the decoder's blocks; "
         "inductor if no backend is named")
+    add("--lpl_channels_last", action="store_true", help="the decoder's memory format, which convolutions of some "
+        "GPUs prefer")
 
 
 def add_objective_arguments(parser, transformers=False):
@@ -401,6 +405,8 @@ def add_objective_arguments(parser, transformers=False):
     add("--e_latent_lpips_augmentations", nargs="+", choices=["blit", "geometric", "color", "cutout"], help="random "
         "transformations of both latents, an ensemble over the steps; by default none, as in Table 5")
     add("--rgb_weight", type=weight, default=0.0, help="weight of the squared error of the decoded images")
+    add("--clean_latent_weight", type=weight, default=0.0, help="weight of the squared error of the clean latents "
+        "that the prediction implies: what LPL is without a decoder")
     add("--gate_objectives", nargs="+", choices=OBJECTIVES, help="of these, those that apply only where LPL does "
         "(Table 5 has both)")
     add("--late_reweight", action="store_true", help="do not add LPL, but weigh the diffusion loss where LPL applies "
@@ -669,7 +675,7 @@ def check_combinations(args):
     if args.lpl_weight not in ("auto", 0):
         check_unused(args, ["--lpl_target_share"], f"--lpl_weight {args.lpl_weight}")
     if args.lpl_weight != 0 and not args.lpl_outlier_mask:
-        check_unused(args, ["--lpl_outlier_source"], "--no-lpl_outlier_mask")
+        check_unused(args, ["--lpl_outlier_source", "--lpl_outlier_positions"], "--no-lpl_outlier_mask")
     if args.lpl_weight != 0 and args.lpl_normalization in ("target", "channel_l2"):
         check_unused(args, ["--no-lpl_detach_stats"], f"--lpl_normalization {args.lpl_normalization}")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:

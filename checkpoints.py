@@ -21,6 +21,7 @@ from accelerate.utils import SCALER_NAME, gather_object
 import interruption
 from arguments import (
     LOG_FILE,
+    OBJECTIVES,
     STATE_FILE,
     UserError,
     all_checkpoints,
@@ -272,13 +273,13 @@ FREE = set(
     "train_data_dir train_shards dataset_name pretrained_model_name_or_path pretrained_vae_model_name_or_path "
     "revision variant cache_dir output_dir offload offload_ema foreach_ema dataloader_num_workers cache_latents "
     "cache_text_embeddings latent_cache_dir class_data_dir gradient_checkpointing allow_tf32 "
-    "enable_xformers_memory_efficient_attention lpl_chunk_size lpl_gradient_checkpointing lpl_compile dry_run "
-    "checkpointing_steps checkpoint_minutes checkpoints_total_limit resume_from_checkpoint validation_prompts "
-    "validation_prompt validation_steps validation_epochs num_validation_images validation_guidance_scale "
-    "validation_inference_steps skip_final_inference logging_dir logging_steps report_to tracker_project_name "
-    "push_to_hub hub_strategy hub_model_id hub_token hub_private_repo save_dtype max_shard_size save_only_trained "
-    "save_non_ema output_kohya_format nccl_timeout seed max_bad_images num_train_epochs eval_steps eval_data_dir "
-    "eval_samples eval_feature_extractor".split()
+    "enable_xformers_memory_efficient_attention lpl_chunk_size lpl_gradient_checkpointing lpl_compile "
+    "lpl_channels_last dry_run checkpointing_steps checkpoint_minutes checkpoints_total_limit resume_from_checkpoint "
+    "validation_prompts validation_prompt validation_steps validation_epochs num_validation_images "
+    "validation_guidance_scale validation_inference_steps skip_final_inference logging_dir logging_steps report_to "
+    "tracker_project_name push_to_hub hub_strategy hub_model_id hub_token hub_private_repo save_dtype max_shard_size "
+    "save_only_trained save_non_ema output_kohya_format nccl_timeout seed max_bad_images num_train_epochs eval_steps "
+    "eval_data_dir eval_samples eval_feature_extractor".split()
 )
 # That follow from others:
 FREE |= set(
@@ -293,11 +294,11 @@ FIXED = set(
 # Of which LPL's frozen weights are a function:
 LPL_SETTINGS = set(
     "lpl_target_share lpl_sigma_threshold lpl_base_resolution lpl_num_blocks lpl_normalization lpl_weighting "
-    "lpl_reduction lpl_outlier_mask lpl_outlier_source resolution".split()
+    "lpl_reduction lpl_outlier_mask lpl_outlier_source lpl_outlier_positions resolution".split()
 )
 
 # And those of the other terms:
-WEIGHTS = set("l2_weight lpl_weight self_perceptual_weight e_latent_lpips_weight rgb_weight".split())
+WEIGHTS = {f"{name}_weight" for name in ("l2", "lpl", *OBJECTIVES)}
 OBJECTIVE_SETTINGS = LPL_SETTINGS | WEIGHTS
 OBJECTIVE_SETTINGS |= set(
     "gate_objectives sp_layers sp_timestep sp_distance sp_formulation e_latent_lpips_model "

@@ -2,7 +2,7 @@
 
 l2    the diffusion loss, weighted by noise level (`loss_weights`)
 lpl   the Latent Perceptual Loss (`make_lpl`)
-self_perceptual, e_latent_lpips, rgb    what it is compared with (`Objectives`)
+self_perceptual, e_latent_lpips, rgb, clean_latent    what it is compared with (`Objectives`)
 """
 
 import math
@@ -17,10 +17,11 @@ from counters import without_values
 from engines import engine_name
 from frozen import FrozenDenoiser, layers_of
 from latent_lpips import LatentVGG, load_latent_lpips
+from lean_backward import lean_backward
 from loading import from_config_without_values
 from lpl_utils import LatentPerceptualLoss, calibrate, compare_gradients, sigma_gate, summarize
 from model_checks import latent_channels
-from objectives import RGB, ELatentLPIPS, LateReweighting, SelfPerceptual, gated_losses, min_snr_weight
+from objectives import RGB, CleanLatent, ELatentLPIPS, LateReweighting, SelfPerceptual, gated_losses, min_snr_weight
 
 
 CALIBRATION_BATCHES, MOST_CALIBRATION_BATCHES = 16, 512  # more than 16 only to see
@@ -42,10 +43,12 @@ def make_lpl(args, vae, unscale=None):
             reduction=args.lpl_reduction,
             mask_outliers=args.lpl_outlier_mask,
             outlier_source=args.lpl_outlier_source,
+            outlier_positions=args.lpl_outlier_positions,
             chunk_size=args.lpl_chunk_size,
             unscale=unscale,
             gradient_checkpointing=args.lpl_gradient_checkpointing,
             compile_backend=None if args.dry_run else args.lpl_compile,
+            channels_last=args.lpl_channels_last,
         )
     except ValueError as error:
         raise UserError(f"LPL can't be computed: {error} (--lpl_weight 0 trains without it)") from error
@@ -118,6 +121,7 @@ def make_objectives(accelerator, args, family):
     Called before `engines.prepare` and before a checkpoint is loaded: the model is as it was when training began.
     """
     makers = {"self_perceptual": make_self_perceptual, "e_latent_lpips": make_e_latent_lpips, "rgb": make_rgb}
+    makers["clean_latent"] = lambda args, family: CleanLatent()
     names = [name for name in OBJECTIVES if getattr(args, f"{name}_weight") != 0]
     terms = {name: makers[name](args, family) for name in names}
     sizes = {}
@@ -162,7 +166,12 @@ def make_rgb(args, family):
     vae = family.vae
     if args.lpl_gradient_checkpointing and getattr(vae, "_supports_gradient_checkpointing", False):
         vae.enable_gradient_checkpointing()
-    return RGB(family.decode, chunk_size=args.lpl_chunk_size)
+
+    def decode(latents):
+        with lean_backward(not getattr(vae.decoder, "gradient_checkpointing", False)):
+            return family.decode(latents)
+
+    return RGB(decode, chunk_size=args.lpl_chunk_size)
 
 
 def rule_of(weight, share=0.2):
@@ -388,6 +397,7 @@ def describe_objectives(args, objectives):
         "self_perceptual": f"t' {args.sp_timestep}, {args.sp_distance}, {args.sp_formulation} form",
         "e_latent_lpips": f"augmentations: {', '.join(args.e_latent_lpips_augmentations or ['none'])}",
         "rgb": "of the decoded images",
+        "clean_latent": "of the clean latents",
     }
     for name, weight in objectives.weights.items():
         rule = rule_of(getattr(args, f"{name}_weight"))
@@ -397,6 +407,7 @@ def describe_objectives(args, objectives):
 
 
 TITLES = {"self_perceptual": "Self-perceptual loss", "e_latent_lpips": "E-LatentLPIPS", "rgb": "RGB loss"}
+TITLES["clean_latent"] = "Clean latents' error"
 
 
 def describe_weight(weight, rule, name):

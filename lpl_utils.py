@@ -15,13 +15,15 @@ Latents are *scaled* (what the denoiser sees) unless a name says *unscaled* (wha
 
 import inspect
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from lean_backward import lean_backward
 
 
 NORMALIZATIONS = ("shared", "target", "separate", "channel_l2")
@@ -63,7 +65,7 @@ def sigma_gate(alpha, sigma, tau):
     return sigma <= tau * alpha  # no division: alpha is 0 at the end of a zero-terminal-SNR schedule
 
 
-def outlier_mask(features, distance, resolution):
+def outlier_mask(features, distance, resolution, positions=None):
     """Algorithm 1: which positions of each feature map are no outliers.
 
     A position is valid if it lies within the 2nd and 98th percentiles, widened by two standard deviations. One
@@ -73,27 +75,43 @@ def outlier_mask(features, distance, resolution):
         features: `[B, C, h, w]`; no gradient flows.
         distance: image side / feature side, 1 for maps at the decoder's output resolution.
         resolution: side of the square image, in pixels (`sqrt(height * width)` for others).
+        positions: percentiles and deviation of at most this many positions, evenly spaced; None: of all.
 
     Returns: `[B, C, h, w]` bool, true = valid.
     """
     flat = features.detach().flatten(-2)  # [B, C, n]
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    n = flat.shape[-1]
-    low = flat.kthvalue(max(1, int(0.02 * n)), dim=-1, keepdim=True).values
-    high = flat.kthvalue(max(1, int(0.98 * n)), dim=-1, keepdim=True).values
-    margin = 2 * flat.std(-1, keepdim=True, correction=min(1, n - 1))
-    valid = (low - margin <= flat) & (flat <= high + margin)  # not strict: a constant map has no outliers
-    valid = valid.view_as(features).float()
+    low, high, std = _bulk(flat, positions)
+    valid = (low - 2 * std <= flat) & (flat <= high + 2 * std)  # not strict: a constant map has no outliers
+    valid = valid.view_as(features)
 
     # The paper's kernels are for 512-pixel images and maps at full resolution; they cover a share of the image.
     dilation, erosion = (math.ceil(base * resolution / 512 / distance) for base in (3, 5))
     dilation -= dilation % 2 == 0  # even sizes would shift the mask: dilate less, erode more
     erosion += erosion % 2 == 0
-    if dilation > 1:
-        valid = F.max_pool2d(valid, dilation, stride=1, padding=dilation // 2)
-    if erosion > 1:
-        valid = -F.max_pool2d(-valid, erosion, stride=1, padding=erosion // 2)
-    return valid.bool()
+    return ~_dilate(~_dilate(valid, dilation), erosion)
+
+
+def _bulk(flat, positions=None):
+    """2nd and 98th percentile and standard deviation `[B, C, 1]` of maps `[B, C, n]`, see `outlier_mask`."""
+    stride = math.ceil(flat.shape[-1] / positions) if positions else 1
+    flat = flat[..., :: stride + (stride % 2 == 0)]  # an even one would see one phase of an upsampling only
+    n = flat.shape[-1]
+    low, high = (flat.kthvalue(max(1, int(q * n)), dim=-1, keepdim=True).values for q in (0.02, 0.98))
+    return low, high, flat.std(-1, keepdim=True, correction=min(1, n - 1))
+
+
+def _dilate(mask, size):
+    """Which positions of `[..., h, w]` bool have a true one in the square of this odd `size` around them."""
+    for dim in (-1, -2):
+        mask = F.pad(mask, [0, 0] * (-1 - dim) + [size // 2] * 2)
+        width = 1  # position i has seen those from i to i + width - 1
+        while width < size:
+            step = min(width, size - width)
+            length = mask.shape[dim] - step
+            mask = mask.narrow(dim, 0, length) | mask.narrow(dim, step, length)
+            width += step
+    return mask
 
 
 class LatentPerceptualLoss:
@@ -124,11 +142,13 @@ class LatentPerceptualLoss:
         reduction: over positions, `mean` of the valid ones or `sum` in units of the first layer's number of positions.
         mask_outliers, outlier_source: Algorithm 1 on layers with at least 4 times the first layer's resolution, on
             the features of the `prediction`, of the `target`, or leaving out what either calls an outlier (`union`).
-        chunk_size: samples that are decoded at a time.
+        outlier_positions: that algorithm's percentiles from at most this many positions of a map; None: from all.
+        chunk_size: samples that are decoded at a time, keeping little for the backward pass; 0: plain autograd.
         unscale: maps scaled latents to what `vae.decode` takes, by default `z / scaling_factor + shift_factor` of the
             VAE; may change their shape. A decoder of videos takes `[B, C, 1, h, w]`.
         gradient_checkpointing: recompute the decoder's blocks in the backward pass; also on when the VAE's own is.
         compile_backend: `torch.compile` the decoder's blocks with this backend, `inductor` for instance.
+        channels_last: convert the decoder to this memory format.
 
     Raises:
         ValueError: an unknown option; no blocks to hook or fewer than asked for; a decoder that is not a function of
@@ -145,10 +165,12 @@ class LatentPerceptualLoss:
         reduction="mean",
         mask_outliers=True,
         outlier_source="prediction",
+        outlier_positions=None,
         chunk_size=1,
         unscale=None,
         gradient_checkpointing=False,
         compile_backend=None,
+        channels_last=False,
     ):
         for name, value, known in (
             ("normalization", normalization, NORMALIZATIONS),
@@ -160,9 +182,12 @@ class LatentPerceptualLoss:
                 raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}.")
         if chunk_size < 0:
             raise ValueError(f"chunk_size {chunk_size} must be 0 (plain autograd) or a number of samples.")
+        if outlier_positions is not None and outlier_positions < 1:
+            raise ValueError(f"outlier_positions {outlier_positions} must be a number of positions.")
         self.vae = vae.requires_grad_(False).eval()
         self.normalization, self.detach_stats, self.reduction = normalization, detach_stats, reduction
         self.weighting, self.mask_outliers, self.outlier_source = weighting, mask_outliers, outlier_source
+        self.outlier_positions = outlier_positions
         self.chunk_size, self.gradient_checkpointing = chunk_size, gradient_checkpointing
         if unscale is None and getattr(vae.config, "scaling_factor", None) is None:
             raise ValueError(
@@ -178,6 +203,8 @@ class LatentPerceptualLoss:
         if not fewest <= num_blocks <= most:
             name = type(vae).__name__
             raise ValueError(f"num_blocks {num_blocks}: this {name} has {most} up blocks, give {fewest} to {most}.")
+        if channels_last:
+            vae.decoder.to(memory_format=torch.channels_last)
         # Not all decoders run their blocks in the order of the list: take those that fire first.
         self.blocks = mid_blocks + up_blocks
         self.depth = len(mid_blocks) + num_blocks
@@ -259,7 +286,7 @@ class LatentPerceptualLoss:
             if len(fired) == self.depth:
                 raise _LastBlock
 
-        with self._hooked(keep), torch.autocast(unscaled.device.type, enabled=False):
+        with self._hooked(keep), self._lean(), torch.autocast(unscaled.device.type, enabled=False):
             try:
                 self.vae.decode(unscaled.to(self.vae.dtype))
             except _LastBlock:
@@ -280,9 +307,8 @@ class LatentPerceptualLoss:
                 setattr(target, name, value)
 
             recompute = self.gradient_checkpointing or getattr(self.vae.decoder, "gradient_checkpointing", False)
-            for target, name in ((self.vae, "use_slicing"), (self.vae, "use_tiling"),
-                                 (self.vae.decoder, "gradient_checkpointing")):  # fmt: skip
-                override(target, name, False)
+            override(self.vae, "use_slicing", False)
+            override(self.vae, "use_tiling", False)
             if "feat_cache" in inspect.signature(self.vae.decoder.forward).parameters:
                 # A decoder of videos keeps copies of its features for the next frame; an image has none.
                 decode = self.vae.decoder.forward
@@ -292,9 +318,26 @@ class LatentPerceptualLoss:
                 forward = self._forwards.get(block, block.forward)
                 if recompute and torch.is_grad_enabled():
                     # Around `forward` alone, so that the hook does not fire again when the block is recomputed.
-                    forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+                    how = {"use_reentrant": False, "preserve_rng_state": False}
+                    forward = partial(checkpoint, forward, **how, context_fn=lambda: (nullcontext(), self._lean()))
                 override(block, "forward", forward)
             yield
+
+    @contextmanager
+    def _lean(self):
+        """The decoder keeps little for the backward pass, unless that is left to autograd or to a compiler.
+
+        Its own checkpointing, which would compute again without this, is off meanwhile.
+        """
+        own = [part for part in self.vae.decoder.modules() if getattr(part, "gradient_checkpointing", False)]
+        try:
+            for part in own:
+                part.gradient_checkpointing = False
+            with lean_backward(self.chunk_size > 0 and not self._forwards):
+                yield
+        finally:
+            for part in own:
+                part.gradient_checkpointing = True
 
     def _unscale(self, z):
         config = self.vae.config
@@ -339,11 +382,10 @@ class LatentPerceptualLoss:
             count = valid.sum((-2, -1))  # [B, C]
             alive = count >= max(16, 0.05 * positions)
 
-        squared = _MeanSquare.apply(phi_hat, phi, valid, count)  # [B, C]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_stats):
-            mean_hat, var_hat = _moments(phi_hat, valid, count, alive)
-        with torch.no_grad():
-            mean, var = _moments(phi, valid, count, alive)
+        mean_hat, var_hat, mean, var, squared = _Moments.apply(phi_hat, phi, valid, count)  # [B, C]
+        if self.detach_stats:
+            mean_hat, var_hat = mean_hat.detach(), var_hat.detach()
+        var_hat, var = _above_zero(var_hat, alive), _above_zero(var, alive)
 
         # The means cancel in `shared` and `target`, and one variance per channel can be divided out after the sum.
         if self.normalization == "shared":
@@ -378,7 +420,7 @@ class LatentPerceptualLoss:
         valid = None
         for source, features in (("prediction", phi_hat), ("target", phi)):
             if self.outlier_source in (source, "union"):
-                mask = _by_channels(lambda maps: outlier_mask(maps, 1, side), features)
+                mask = _by_channels(lambda maps: outlier_mask(maps, 1, side, self.outlier_positions), features)
                 valid = mask if valid is None else valid & mask
         return valid
 
@@ -494,8 +536,17 @@ def _by_channels(function, *maps):
     """`function` of maps `[B, C, ...]`, called for a few channels at a time: its float32 copies stay small."""
     channels = maps[0].shape[1]
     step = max(1, SLICE * channels // maps[0].numel())
-    slices = (slice(i, i + step) for i in range(0, channels, step))
-    return torch.cat([function(*(m if m is None else m[:, part] for m in maps)) for part in slices], dim=1)
+    if step >= channels:
+        return function(*maps)
+    whole = None
+    for part in (slice(i, i + step) for i in range(0, channels, step)):
+        result = function(*(m if m is None else m[:, part] for m in maps))
+        if whole is None and result.shape[2:] == maps[0].shape[2:]:
+            whole = torch.empty_like(maps[0], dtype=result.dtype)  # in its memory format
+        elif whole is None:
+            whole = result.new_empty(len(result), channels, *result.shape[2:])
+        whole[:, part] = result
+    return whole
 
 
 def _spatial_mean(x, valid, count):
@@ -504,43 +555,68 @@ def _spatial_mean(x, valid, count):
     return sums / (count if valid is None else count.clamp(min=1))
 
 
-class _MeanSquare(torch.autograd.Function):
-    """Mean over the valid positions of (x - y)^2, `[B, C]`, y being `[B, C, h, w]` or `[B, C, 1, 1]`.
+class _Moments(torch.autograd.Function):
+    """Over the valid positions of x and y `[B, C, h, w]`: mean and variance of x, of y, and the mean of (x - y)^2.
 
-    Differentiable in x. Nothing is kept for the backward pass but the arguments.
+    Variances are biased; all are `[B, C]`. Differentiable in x. Nothing is kept for the backward pass but x and y.
     """
 
     @staticmethod
     def forward(ctx, x, y, valid, count):
-        ctx.save_for_backward(x, y, valid)
-        ctx.count = count if valid is None else count.clamp(min=1)
+        positions = x.shape[-2] * x.shape[-1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        count = torch.as_tensor(count, dtype=dtype, device=x.device).clamp(min=1).expand(x.shape[:2])
 
-        def sums(x, y, valid):
-            square = (_float(x) - y).square()
-            return (square if valid is None else torch.where(valid, square, 0)).sum((-2, -1))
+        def moments(x, y, valid, count):
+            outside = None if valid is None else ~valid
+            x, y, more = _float(x), _float(y), positions / count
 
-        return _by_channels(sums, x, y, valid) / ctx.count
+            def zeroed(values):
+                return values if valid is None else values.masked_fill_(outside, 0)
+
+            found = []
+            for part in (x, y):
+                # From near the mean, so that the zeros of the masked positions do not stand out.
+                centre = part.mean((-2, -1), keepdim=True)
+                var, mean = torch.var_mean(zeroed(part - centre), (-2, -1), correction=0)
+                found += [centre[..., 0, 0] + more * mean, more * (var - (more - 1) * mean.square())]
+            squares = torch.linalg.vector_norm(zeroed(x - y), dim=(-2, -1)).square() / count
+            return torch.stack([*found, squares], dim=-1)
+
+        found = _by_channels(moments, x, y, valid, count).unbind(-1)
+        ctx.save_for_backward(x, y, valid, count, found[0])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*found[2:4])
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        def slope(x, y, valid, factor):
-            slope = (_float(x) - y) * factor[..., None, None]
-            return (slope if valid is None else torch.where(valid, slope, 0)).to(x.dtype)
+    def backward(ctx, grad_mean, grad_var, _, __, grad_square):
+        x, y, valid, count, mean = ctx.saved_tensors
+        factors = [grad if grad is None else grad / count for grad in (grad_mean, grad_var, grad_square)]
 
-        return _by_channels(slope, *ctx.saved_tensors, 2 * grad / ctx.count), None, None, None
+        def slope(x, y, valid, mean, of_mean, of_var, of_square):
+            x, total = _float(x), 0
+            if of_square is not None:
+                total = (x - y).mul_(2 * of_square[..., None, None])
+            if of_var is not None:
+                total = total + (x - mean[..., None, None]).mul_(2 * of_var[..., None, None])
+            if of_mean is not None:
+                total = total + of_mean[..., None, None].expand_as(x)
+            return (total if valid is None else total.masked_fill(~valid, 0)).to(dtype)
+
+        dtype = x.dtype
+        return _by_channels(slope, x, y, valid, mean, *factors), None, None, None
 
 
-def _moments(x, valid, count, alive):
-    """Mean and variance `[B, C]` (two passes, biased) over the valid positions.
+def _above_zero(var, alive):
+    """Variances `[B, C]` with the epsilon of their later root inside: 1e-4 of the layer's median.
 
-    The variance has the epsilon of its later root inside: 1e-4 of the layer's median over the channels that are
-    alive (have enough valid positions). The others get 1: they contribute nothing, but must not divide by zero.
+    Of the channels that are alive (have enough valid positions); the others get 1: they contribute nothing, but must
+    not divide by zero.
     """
-    mean = _spatial_mean(x, valid, count)
-    var = _MeanSquare.apply(x, mean[..., None, None], valid, count)  # no gradient through the mean: it cancels
     median = torch.where(alive, var.detach(), math.nan).nanmedian(1, keepdim=True).values.nan_to_num(0)
-    return mean, torch.where(alive, var + 1e-4 * median, 1).clamp(min=FLOOR)
+    return torch.where(alive, var + 1e-4 * median, 1).clamp(min=FLOOR)
 
 
 def lpl_term(lpl, model_pred, z_t, z0, alpha, sigma, prediction_type, tau, max_samples=None, generator=None):

@@ -52,6 +52,7 @@ TERMS = {
     "self_perceptual": "the [self-perceptual loss](https://arxiv.org/abs/2401.00110)",
     "e_latent_lpips": "[E-LatentLPIPS](https://arxiv.org/abs/2405.05967)",
     "rgb": "the squared error of the decoded images",
+    "clean_latent": "the squared error of the clean latents",
 }
 CITATION = """@inproceedings{berrada2025boosting,
   title     = {Boosting Latent Diffusion with Perceptual Objectives},

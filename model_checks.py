@@ -428,7 +428,7 @@ def check_resolution(args, pipeline, vae_config, denoiser_config):
         args.resolution = 1024 if denoiser_config.get("addition_embed_type") == "text_time" else 512
         args.resolution = made_for * factor if made_for else args.resolution
     if args.lpl_gradient_checkpointing is None:
-        args.lpl_gradient_checkpointing = args.gradient_checkpointing or args.resolution >= 1024
+        args.lpl_gradient_checkpointing = args.resolution > 1024
     patch = factor
     if denoiser_of(pipeline) == "transformer":
         patch *= rules.patch or denoiser_config.get("patch_size", 1)

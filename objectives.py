@@ -3,6 +3,7 @@
     SelfPerceptual      Lin & Yang 2024    hidden features of the model itself, as it was when training began
     ELatentLPIPS        Kang et al. 2024   features of a classifier of latents
     RGB                 Sec. 4.3           the decoded images
+    CleanLatent                            the clean latents: what LPL is without a decoder
     min_snr_weight      Hang et al. 2023   diffusion loss, weighted by the signal-to-noise ratio
     LateReweighting     Eq. 15             diffusion loss, weighted as much as LPL would add to it
 
@@ -201,6 +202,14 @@ class RGB:
         features = lambda latents, _: [self.decode(latents)]  # noqa: E731
         z0_hat, z0 = prediction.z0_hat, prediction.z0
         return streamed(features, compare, z0_hat, z0, self.chunk_size or len(z0))[0]
+
+
+class CleanLatent:
+    """Squared error of the predicted clean latents, mean over their values."""
+
+    def __call__(self, prediction, generators=None):
+        """Losses `[B]`; nothing is drawn."""
+        return (prediction.z0_hat - prediction.z0).square().flatten(1).mean(1)
 
 
 def per_sample(distances):

@@ -23,7 +23,7 @@ from prepare_photos import PHOTOS
 from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
 
 
-SIZE, CROP = 128, 112
+SIZE = 128
 
 
 def load_crops(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,9 +37,10 @@ def load_crops(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """[B, 3, SIZE, SIZE] -> [B, 3, CROP, CROP]: mirrored, shifted, brightened, tinted."""
-    top, left = torch.randint(SIZE - CROP + 1, (2,), generator=generator).tolist()
-    pixels = pixels[:, :, top : top + CROP, left : left + CROP]
+    """[B, 3, size, size] -> the same with 7/8 of the size: mirrored, shifted, brightened, tinted."""
+    margin = pixels.shape[-1] // 8
+    top, left = torch.randint(margin + 1, (2,), generator=generator).tolist()
+    pixels = pixels[:, :, top : top + 7 * margin, left : left + 7 * margin]
     if torch.rand((), generator=generator) < 0.5:
         pixels = pixels.flip(-1)
     gain = 1 + 0.2 * torch.randn(len(pixels), 3, 1, 1, generator=generator)

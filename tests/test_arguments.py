@@ -610,14 +610,14 @@ def test_sizes_that_are_accepted_are_those_of_the_library(parse, size, count):
     "words, resolution, expected",
     [
         ([], 1016, False),
-        ([], 1024, True),
-        (["--gradient_checkpointing"], 64, True),
+        ([], 1024, False),
+        ([], 1032, True),
+        (["--gradient_checkpointing"], 64, False),
         (["--lpl_gradient_checkpointing"], 64, True),
-        (["--no-lpl_gradient_checkpointing"], 1024, False),
-        (["--gradient_checkpointing", "--no-lpl_gradient_checkpointing"], 64, False),
+        (["--no-lpl_gradient_checkpointing"], 1032, False),
     ],
 )
-def test_the_decoder_is_checkpointed_with_the_model_and_from_1024_pixels(parse, words, resolution, expected):
+def test_the_decoder_is_checkpointed_above_1024_pixels(parse, words, resolution, expected):
     assert parse(*words, resolution=resolution).lpl_gradient_checkpointing is expected
 
 

@@ -407,6 +407,15 @@ def test_the_gradient_of_rgb_is_that_of_finite_differences(load):
     assert (gradient * step).sum().item() == pytest.approx(change.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", VAES + FLOW)
+def test_the_error_of_clean_latents_is_their_mean_square(load, kind):
+    _, args, family = load(kind, "--clean_latent_weight", 1, "--lpl_weight", 0)
+    z0_hat, z0, _ = latents_of(2, channels=4)
+    found = make_objectives(ALONE, args, family).terms["clean_latent"](plain(z0_hat, z0))
+    expected = [((a - b) ** 2).mean() for a, b in zip(z0_hat.detach().numpy(), z0.numpy())]
+    assert found.tolist() == pytest.approx(expected)
+
+
 def test_a_vae_that_decodes_in_slices_and_tiles_still_does_afterwards(load):
     _, args, family = load("epsilon", "--rgb_weight", 1, "--lpl_weight", 0)
     objective = make_objectives(ALONE, args, family).terms["rgb"]

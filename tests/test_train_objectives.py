@@ -95,6 +95,7 @@ def distance(first, second):
 
 LEARNT = [(name, "SD") for name in ("self_perceptual", "e_latent_lpips", "rgb")]
 LEARNT += [(name, "StableDiffusion3") for name in ("self_perceptual", "e_latent_lpips", "rgb")]
+LEARNT += [("clean_latent", "SD"), ("clean_latent", "StableDiffusion3")]
 
 
 @pytest.mark.parametrize("name, family", slow_but(LEARNT[:4], LEARNT))

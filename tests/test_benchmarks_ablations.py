@@ -1,0 +1,85 @@
+"""benchmarks/ablations.py compares each value of a setting with its baseline. (test_benchmarks_reproduce runs it.)"""
+
+import ablations
+import pytest
+from ablations import Grid, draw_grid, flags_of, grid_table, make_grids
+from PIL import Image
+from reproduce import L2, METRICS
+
+
+GRIDS = make_grids(300, 0.99, 8, 3)
+
+
+class Measured:
+    """An experiment whose scores and times are known: by flags, of two seeds."""
+
+    seeds = range(2)
+
+    def __init__(self, distances):
+        self.distances = distances
+
+    def reports(self):
+        return {flags: [self.report(d) for d in pair] for flags, pair in self.distances.items()}
+
+    def report(self, distance):
+        return {"models": [{"metrics": dict.fromkeys(METRICS, 1.0) | {"frechet_distance": distance}}]}
+
+    def seconds_per_step(self, flags, seed):
+        return 1.0 if flags.startswith(L2) else 3.0
+
+
+def rows_of(text):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return {row[0]: dict(zip(rows[0], row)) for row in rows[2:]}
+
+
+def test_each_value_is_compared_with_its_own_baseline():
+    grid = GRIDS["start"]
+    distances = {flags: (10.0, 10.0) for flags in flags_of(grid)}
+    distances[grid.rows[300]] = (8.0, 8.0)
+    distances[grid.baselines[300]] = (16.0, 16.0)
+    measured = Measured(distances)
+    rows = rows_of(grid_table(measured, grid, measured.reports()))
+    assert rows.keys() == {"0", "150", "300"}
+    assert (rows["300"]["FD"], rows["300"]["FD, change"]) == ("8 ± 0", "**-50 ± 0 %**")
+    assert (rows["150"]["FD"], rows["150"]["FD, change"]) == ("10 ± 0", "+0 ± 0 %")
+    assert rows["300"]["seconds per step, l2 = 1"] == "3 ± 0"
+
+
+def test_the_papers_change_is_beside():
+    grid = GRIDS["weighting"]
+    measured = Measured({flags: (10.0, 12.0) for flags in flags_of(grid)})
+    rows = rows_of(grid_table(measured, grid, measured.reports()))
+    paper = {value: row["the paper's FID, change"] for value, row in rows.items()}
+    assert paper == {"inverse": "-22 %", "uniform": "-10 %", "exponential": "", "balanced": ""}  # 3.79, 4.38 of 4.88
+
+
+def test_start_trains_as_long_after_l2_as_without():
+    grid = GRIDS["start"]
+    assert grid.rows[150] == "--max_train_steps 450 --lpl_start_step 150"
+    assert grid.baselines[150] == f"{L2} --max_train_steps 450"
+    assert (grid.rows[0], grid.baselines[0]) == ("", L2)
+
+
+def test_the_default_is_trained_once_for_all_grids():
+    for name, grid in GRIDS.items():
+        assert "" in grid.rows.values(), name
+        assert len(set(grid.rows.values())) == len(grid.rows), name
+    assert list(GRIDS["num_blocks"].rows.items())[0] == (0, L2)
+    assert GRIDS["ema_decay"].rows.keys() == {0.9, 0.97, 0.99, 0.997, 0.999}
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.metrics])
+def test_plots(name, tmp_path):
+    grid = GRIDS[name]
+    measured = Measured({flags: (8.0 + i, 9.0 + i) for i, flags in enumerate(flags_of(grid))})
+    draw_grid(measured, grid, measured.reports(), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > 300 * len(grid.metrics) and len(image.getcolors(2**24)) > 50
+
+
+def test_a_plot_shows_the_interval_of_the_change():
+    grid = Grid("", {1: "--flag 1"})
+    reports = Measured({L2: (10.0, 20.0), "--flag 1": (11.0, 21.0)}).reports()
+    middle, reach, baseline = ablations.changes(grid, 1, reports, "frechet_distance")
+    assert (middle, reach, baseline) == (16.0, 0.0, 15.0), "what the seeds have in common is no error"
