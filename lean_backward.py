@@ -23,20 +23,21 @@ def lean_backward(enabled=True):
 class _LeanBackward(TorchFunctionMode):
     def __init__(self):
         super().__init__()
-        self.norms = WeakIdKeyDictionary()  # output of a group norm -> how to compute it again
+        self.norms = WeakIdKeyDictionary()  # output of a group norm -> its version, how to compute it again
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in CONVOLUTIONS and len(args) == 7 and is_frozen(*args[1:3]) and not isinstance(args[4], str):
             return _FrozenConvolution.apply(CONVOLUTIONS[func], func, *args)
         if func is F.silu and args[0] in self.norms:
-            arguments = dict(self.norms[args[0]])
-            return _SiluOfNorm.apply(args[0], arguments.pop("input"), arguments)
+            version, norm = self.norms[args[0]]
+            if version == args[0]._version:  # nothing was done to it in place
+                return _SiluOfNorm.apply(args[0], norm["input"], {k: v for k, v in norm.items() if k != "input"})
         output = func(*args, **kwargs)
         if func is F.group_norm:
             arguments = GROUP_NORM.bind(*args, **kwargs).arguments
             if is_frozen(arguments.get("weight"), arguments.get("bias")):
-                self.norms[output] = arguments
+                self.norms[output] = output._version, arguments
         return output
 
 

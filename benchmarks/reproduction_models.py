@@ -37,7 +37,7 @@ PHOTOS = """
 """.split()  # each is a class
 CLASSES = [name.partition(".")[0] for name in PHOTOS]
 # Of the small size and of the large one, which is meant for a GPU: pixels, batch of the denoiser, autoencoder
-SIZES = {"small": (64, 64), "large": (96, 256)}
+SIZES = {"small": (64, 32), "large": (96, 256)}
 WIDTHS = {"small": (32, 64, 96), "large": (64, 128, 192, 256)}
 LATENT_CHANNELS = {"small": 8, "large": 32}
 

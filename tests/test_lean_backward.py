@@ -35,7 +35,7 @@ class Odd(nn.Module):
         y = self.norm(x)
         x = F.silu(y) + y  # the norm's output is used twice
         x = self.same(F.silu(self.plain(x))) * F.silu(x)
-        x = self.reflected(F.silu(self.norm(x), inplace=True))
+        x = self.reflected(F.silu(self.norm(x).mul_(2).add_(1), inplace=True))
         return self.strided(self.volume(x.unsqueeze(2)).squeeze(2))
 
 
