@@ -567,7 +567,7 @@ AT_LEAST_ONE = (
     "resolution train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps max_train_samples "
     "lpl_base_resolution checkpointing_steps checkpoints_total_limit validation_steps validation_epochs "
     "num_validation_images validation_inference_steps logging_steps lr_num_cycles rank max_sequence_length "
-    "num_class_images shuffle_buffer_size nccl_timeout eval_steps"
+    "num_class_images shuffle_buffer_size nccl_timeout eval_steps lpl_outlier_positions"
 ).split()
 NOT_NEGATIVE = (
     "learning_rate lr_warmup_steps lr_power adam_weight_decay adam_epsilon noise_offset lpl_num_blocks lpl_start_step "

@@ -74,6 +74,8 @@ def edit_config(model, tmp_path, part, **changes):
         ),
         (["--lpl_num_blocks", "5"], "--lpl_num_blocks 5: the VAE's decoder has 4 up blocks"),
         (["--lpl_num_blocks", "-1"], "--lpl_num_blocks -1 must be at least 0"),
+        (["--lpl_outlier_positions", "0"], "--lpl_outlier_positions 0 must be at least 1"),
+        (["--no-lpl_outlier_mask", "--lpl_outlier_positions", "9"], "--lpl_outlier_positions has no effect"),
         (["--lpl_target_share", "1"], "--lpl_target_share 1.0 must be between 0 and 1"),
         (["--max_train_steps", "9", "--lpl_start_step", "9"], "--lpl_start_step 9 is never reached in 9 steps"),
         (["--lpl_max_samples", "1.5"], "--lpl_max_samples 1.5 must be a whole number, or below 1"),

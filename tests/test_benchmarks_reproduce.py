@@ -172,7 +172,7 @@ def test_tasks_run_side_by_side_until_one_fails():
 def test_every_arm_and_grid_has_flags_that_the_script_takes(experiment, commands, monkeypatch):
     monkeypatch.setattr(latent_lpips_files, "check_latent_lpips", lambda model: None)
     arms = {arm: how for arm, how in (FEW | MORE).items() if not callable(how)}
-    grids = ablations.make_grids(300, 0.9, 2)
+    grids = ablations.make_grids(300, 0.9, 2, 3)
     arms |= {flags: flags for grid in grids.values() for flags in ablations.flags_of(grid)}
     for arm in arms:
         experiment(arms).model(arm, seed=1)
