@@ -407,7 +407,7 @@ def describe_objectives(args, objectives):
 
 
 TITLES = {"self_perceptual": "Self-perceptual loss", "e_latent_lpips": "E-LatentLPIPS", "rgb": "RGB loss"}
-TITLES["clean_latent"] = "Clean latents' error"
+TITLES["clean_latent"] = "Clean-latent error"
 
 
 def describe_weight(weight, rule, name):

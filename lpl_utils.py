@@ -565,7 +565,8 @@ class _Moments(torch.autograd.Function):
     def forward(ctx, x, y, valid, count):
         positions = x.shape[-2] * x.shape[-1]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        count = torch.as_tensor(count, dtype=dtype, device=x.device).clamp(min=1).expand(x.shape[:2])
+        # Without a mask a number, which a copy to the device would wait for
+        count = x.new_full(x.shape[:2], count, dtype=dtype) if valid is None else count.to(dtype).clamp(min=1)
 
         def moments(x, y, valid, count):
             outside = None if valid is None else ~valid

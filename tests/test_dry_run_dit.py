@@ -184,7 +184,7 @@ def test_it_counts_what_a_real_run_does(run, count_real_run, name):
         real["peak"] -= batch * 3 * 64 * 64 * 4
     print(name, *(f"{key} {counted[key] / real[key] - 1:+.2%}" for key in ("peak", "flops")))
     assert (counted["weights"], counted["ema"]) == (real["weights"], real["ema"])
-    assert counted["peak"] == pytest.approx(real["peak"], rel=0.03)  # 0.15 is asked for
+    assert counted["peak"] == pytest.approx(real["peak"], rel=0.05)  # 0.15 is asked for
     assert counted["flops"] == pytest.approx(real["flops"], rel=0.01)
     assert counted["peak_l2"] <= counted["peak"] and counted["flops_l2"] < counted["flops"]
 

@@ -331,7 +331,7 @@ def test_other_terms_have_a_section_if_there_are_any(tmp_path):
     words += ["--e_latent_lpips_weight", 0.5, "--e_latent_lpips_augmentations", "blit", "cutout"]
     args = of_base(*words, "--gate_objectives", "rgb", "--l2_weight", 0.25, "--output_dir", tmp_path)
     objectives = Objectives(dict.fromkeys(OBJECTIVES), gated=args.gate_objectives)
-    objectives.weights |= {"rgb": 1.5, "self_perceptual": 0.123456789, "e_latent_lpips": 0.5}
+    objectives.weights |= {"rgb": 1.5, "self_perceptual": 0.123456789, "e_latent_lpips": 0.5, "clean_latent": 2}
     model_card.write_model_card(args, SD, {}, {"Other terms": describe_objectives(args, objectives)}, [], [])
     html = rendered(ModelCard.load(tmp_path / "README.md").text)
     section = html.split("<h2>Other terms</h2>")[1].split("<h2>")[0]
@@ -342,7 +342,8 @@ def test_other_terms_have_a_section_if_there_are_any(tmp_path):
     assert "uniform, l1, joint" in perceptual and "only where LPL applies" not in perceptual
     assert "weight 0.5; augmentations: blit, cutout" in rows["E-LatentLPIPS"]
     assert "weight 1.5, measured so that it is 30% of the loss; " in rows["RGB loss"]
-    assert rows["RGB loss"].endswith(", only where LPL applies") and len(rows) == 4
+    assert rows["RGB loss"].endswith(", only where LPL applies") and len(rows) == 5
+    assert rows["Clean-latent error"] == "weight 2; of the clean latents"
 
     args = of_base("--output_dir", tmp_path)
     model_card.write_model_card(args, SD, {}, {"Other terms": describe_objectives(args, NO_OBJECTIVES)}, [], [])
