@@ -11,6 +11,7 @@ line; the denoiser is trained by train_lpl_dit.py with the diffusion loss alone.
 import argparse
 import itertools
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,8 +187,12 @@ def train_denoiser(size_name, prediction_type, steps, seed, output_dir):
         --report_to none --seed {seed} --output_dir {output_dir}"""
     print(f"$ {' '.join(command.split())}", flush=True)
     subprocess.run(shlex.split(command), check=True, env=run_demo.environment())
-    for path in output_dir.glob("*/*.fp16.safetensors"):  # it is no variant of anything
+    for path in output_dir.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    for path in output_dir.rglob("*.fp16.safetensors"):  # it is no variant of anything
         path.rename(path.with_name(path.name.replace(".fp16", "")))
+    for path in output_dir.rglob("*.py"):  # a copy of what is here
+        path.unlink()
 
 
 # ---------------------------------------------------------------- feature extractors

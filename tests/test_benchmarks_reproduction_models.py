@@ -22,7 +22,7 @@ from reproduction_models import (
 )
 from transformers import AutoImageProcessor, ResNetForImageClassification
 
-from pipeline_class_conditional import ClassConditionalPipeline
+from pipeline_class_conditional import ClassConditionalSD3Transformer2DModel
 
 
 SIZE = 16
@@ -103,10 +103,16 @@ def test_the_denoiser_is_one_of_the_training_script(photos):
     prepare_crops(photos / "crops", SIZE, count=6, held_out=2)
     train_vae("small", steps=2, minutes=None, seed=0)
     main(["denoiser", "--denoiser_steps", "2"])
-    result = ClassConditionalPipeline.from_pretrained(photos / "models" / "small-epsilon", trust_remote_code=True)
-    config = json.loads((reproduction_models.ROOT / "benchmarks" / "reproduction" / "small.json").read_text())
-    assert result.transformer.config.num_layers == config["num_layers"]
-    assert result.transformer.config.in_channels == result.vae.config.latent_channels == 8
+    folder = photos / "models" / "small-epsilon"
+    transformer = ClassConditionalSD3Transformer2DModel.from_pretrained(folder / "transformer")
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    assert transformer.config.in_channels == vae.config.latent_channels == 8
+    assert {path.name for path in folder.iterdir() if path.suffix != ".jsonl"} == {
+        "model_index.json",
+        "scheduler",
+        "transformer",
+        "vae",
+    }
 
 
 def test_what_is_committed_fits_together():
