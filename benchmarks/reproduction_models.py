@@ -175,14 +175,17 @@ def show_reconstructions(vae, size):
 
 
 def train_denoiser(size_name, prediction_type, steps, seed, output_dir):
-    """The paper's MM-DiT on class labels, small, by train_lpl_dit.py with the diffusion loss alone."""
+    """The paper's MM-DiT on class labels, small, by train_lpl_dit.py with the diffusion loss alone.
+
+    Its min-SNR weights make so short a training learn shapes and not the grain alone.
+    """
     (size, batch), folder = SIZES[size_name], models_of(size_name)
     command = f"""
         {run_demo.launch()} train_lpl_dit.py --transformer_config benchmarks/reproduction/{size_name}.json
         --pretrained_vae_model_name_or_path {folder / "vae"} --train_data_dir {crops_of(size) / "train"}
         --resolution {size} --center_crop --cache_latents --prediction_type {prediction_type} --lpl_weight 0
-        --train_batch_size {batch} --max_train_steps {steps} --learning_rate 1e-3 --lr_scheduler cosine
-        --lr_warmup_steps 500 --use_ema --ema_decay 0.9995 --save_dtype fp16 --logging_steps 100
+        --snr_gamma 5 --train_batch_size {batch} --max_train_steps {steps} --learning_rate 2e-3 --lr_scheduler cosine
+        --lr_warmup_steps 500 --use_ema --ema_decay 0.999 --save_dtype fp16 --logging_steps 100
         --checkpointing_steps 5000 --checkpoints_total_limit 1 --resume_from_checkpoint latest
         --report_to none --seed {seed} --output_dir {output_dir}"""
     print(f"$ {' '.join(command.split())}", flush=True)
