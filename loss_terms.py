@@ -121,7 +121,7 @@ def make_objectives(accelerator, args, family):
     Called before `engines.prepare` and before a checkpoint is loaded: the model is as it was when training began.
     """
     makers = {"self_perceptual": make_self_perceptual, "e_latent_lpips": make_e_latent_lpips, "rgb": make_rgb}
-    makers["clean_latent"] = lambda args, family: CleanLatent()
+    makers |= {"clean_latent": lambda args, family: CleanLatent()}
     names = [name for name in OBJECTIVES if getattr(args, f"{name}_weight") != 0]
     terms = {name: makers[name](args, family) for name in names}
     sizes = {}
@@ -406,8 +406,12 @@ def describe_objectives(args, objectives):
     return facts
 
 
-TITLES = {"self_perceptual": "Self-perceptual loss", "e_latent_lpips": "E-LatentLPIPS", "rgb": "RGB loss"}
-TITLES["clean_latent"] = "Clean-latent error"
+TITLES = {
+    "self_perceptual": "Self-perceptual loss",
+    "e_latent_lpips": "E-LatentLPIPS",
+    "rgb": "RGB loss",
+    "clean_latent": "Clean-latent error",
+}
 
 
 def describe_weight(weight, rule, name):

@@ -56,7 +56,7 @@ def parse(tiny_sd, photos, tmp_path):
         (["--lpl_reduction", "sum"], "reduction", "sum"),
         (["--no-lpl_outlier_mask"], "mask_outliers", False),
         (["--lpl_outlier_source", "union"], "outlier_source", "union"),
-        (["--lpl_outlier_positions", 4096], "outlier_positions", 4096),
+        (["--lpl_outlier_positions", "4096"], "outlier_positions", 4096),
         (["--lpl_chunk_size", "3"], "chunk_size", 3),
         (["--lpl_gradient_checkpointing"], "gradient_checkpointing", True),
         (["--lpl_weight", "2.5"], "weight", 2.5),

@@ -921,6 +921,28 @@ def test_gradient_checkpointing_changes_nothing_but_the_peak_of_live_bytes(kind,
         assert reduced < share * peak
 
 
+# Cheaper
+
+
+def test_channels_last_changes_the_decoder_and_no_value():
+    z0_hat, z0 = latents(2, 16, spike=40)
+    expected = value_and_gradient(LatentPerceptualLoss(vae64()), z0_hat, z0)
+    lpl = LatentPerceptualLoss(vae64(), channels_last=True)
+    assert lpl.features(z0)[-1].is_contiguous(memory_format=torch.channels_last)
+    for actual, wanted in zip(value_and_gradient(lpl, z0_hat, z0)[:2], expected[:2]):
+        assert_equal_to(actual, wanted, rtol=1e-9)
+
+
+def test_the_loss_takes_its_percentiles_from_as_many_positions_as_asked(monkeypatch):
+    seen = []
+    bulk = lpl_utils._bulk
+    monkeypatch.setattr(lpl_utils, "_bulk", lambda flat, positions: seen.append(positions) or bulk(flat, positions))
+    z0_hat, z0 = latents(1, 16)
+    for positions in (None, 64):
+        LatentPerceptualLoss(vae64(), outlier_positions=positions)(z0_hat, z0)
+    assert seen and set(seen) == {None, 64} and seen == sorted(seen, key=lambda n: n is not None)
+
+
 # Precision
 
 
