@@ -319,7 +319,7 @@ class LatentPerceptualLoss:
                 if recompute and torch.is_grad_enabled():
                     # Around `forward` alone, so that the hook does not fire again when the block is recomputed.
                     how = {"use_reentrant": False, "preserve_rng_state": False}
-                    forward = partial(checkpoint, forward, **how, context_fn=lambda: (nullcontext(), self._lean()))
+                    forward = partial(checkpoint, forward, **how, context_fn=lambda: (nullcontext(), _Again(self._lean)))
                 override(block, "forward", forward)
             yield
 
@@ -434,6 +434,18 @@ def _decoder_blocks(decoder):
     mid_block, up_blocks = getattr(decoder, "mid_block", None), getattr(decoder, "up_blocks", None) or []
     # An empty Sequential is false: AutoencoderDC has one for a stage without layers, which would repeat a feature.
     return [mid_block] if mid_block else [], [block for block in up_blocks if block]
+
+
+class _Again(ExitStack):
+    """What `make` makes, as a context that can be entered again: more than one backward pass may compute a block."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __enter__(self):
+        self.enter_context(self.make())
+        return super().__enter__()
 
 
 class _LastBlock(Exception):
