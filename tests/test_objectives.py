@@ -19,6 +19,7 @@ from tiny_models import build_tiny_sd
 
 import train_lpl_dit
 import train_lpl_sd
+from counters import LiveBytes
 from data_utils import build_dataloader, make_stream
 from latent_lpips import LatentVGG, augment
 from loss_terms import make_objectives
@@ -391,6 +392,18 @@ def test_rgb_is_the_squared_error_of_what_the_stock_vae_decodes(load, kind):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert_near(*(torch.autograd.grad(losses.sum(), z0_hat)[0] for losses in (found, expected)))
     assert all(p.grad is None for p in family.vae.parameters())
+
+
+def test_rgb_keeps_less_than_the_stock_decoder_leaves_to_autograd(load):
+    _, args, family = load("epsilon", "--rgb_weight", 1, "--lpl_weight", 0)
+    lean = make_objectives(ALONE, args, family).terms["rgb"]
+    peaks = []
+    for objective in (lean, RGB(lambda z: family.vae.decode(family.unscale(z)).sample)):
+        z0_hat, z0, _ = latents_of(1)
+        with LiveBytes() as memory:
+            objective(plain(z0_hat, z0)).sum().backward()
+        peaks.append(memory.peak)
+    assert peaks[0] < 0.6 * peaks[1]
 
 
 def test_the_gradient_of_rgb_is_that_of_finite_differences(load):
