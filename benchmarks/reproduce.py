@@ -35,7 +35,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
-from reproduction_models import SIZES, WIDTHS, crops_of, models_of, train_denoiser  # noqa: E402
+from reproduction_models import DENOISER_STEPS, SIZES, WIDTHS, crops_of, models_of, train_denoiser  # noqa: E402
 from run_demo import draw_comparison, environment, final_mean, launch, read_log  # noqa: E402
 from scipy.stats import t as students_t  # noqa: E402
 
@@ -67,7 +67,6 @@ DEFAULTS = {  # of the flags, by --size; the large one is meant for a GPU
         "num_samples": 10_000,
     },
 }
-PRETRAINING_STEPS = 20_000  # of a denoiser that is not there
 CLASSIFIER_STEPS = 1000  # of the network of E-LatentLPIPS
 CONTRAST = 1.1  # of the latents, in the arm that has this alone
 SAMPLE_SEEDS = 10**6  # from one seed's samples to the next one's
@@ -296,7 +295,8 @@ class Experiment:
         """Train and score what is missing."""
         for seed in range(min(self.args.checkpoints, self.args.seeds)):
             if not (self.start(seed) / "model_index.json").exists():
-                train_denoiser(self.args.size, self.prediction_type, PRETRAINING_STEPS, seed, self.start(seed))
+                steps = DENOISER_STEPS[self.args.size]
+                train_denoiser(self.args.size, self.prediction_type, steps, seed, self.start(seed))
         jobs = partial(side_by_side, self.args.jobs)
         runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
         trained = [run for run in runs if not callable(self.arms[run[0]])]

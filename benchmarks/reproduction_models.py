@@ -42,6 +42,7 @@ CLASSES = [name.partition(".")[0] for name in PHOTOS]
 SIZES = {"small": (64, 32), "large": (96, 256)}
 WIDTHS = {"small": (32, 64, 96), "large": (64, 128, 192, 256)}
 LATENT_CHANNELS = {"small": 8, "large": 32}
+DENOISER_STEPS = {"small": 12_000, "large": 20_000}
 
 
 def models_of(size_name):
@@ -240,7 +241,7 @@ def main(argv=None):
     parser.add_argument("--prediction_type", default="epsilon", help="of the denoiser")
     parser.add_argument("--vae_steps", type=int, default=7400)
     parser.add_argument("--vae_minutes", type=float, help="end the autoencoder's training after that time")
-    parser.add_argument("--denoiser_steps", type=int, default=20_000)
+    parser.add_argument("--denoiser_steps", type=int, help=f"by size: {DENOISER_STEPS}")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if "vae" in args.parts:
@@ -249,7 +250,8 @@ def main(argv=None):
         make_features(args.size, 1500, args.seed)
     if "denoiser" in args.parts:
         kind = f"{args.size}-{args.prediction_type}"
-        train_denoiser(args.size, args.prediction_type, args.denoiser_steps, args.seed, models_of(args.size) / kind)
+        steps = args.denoiser_steps or DENOISER_STEPS[args.size]
+        train_denoiser(args.size, args.prediction_type, steps, args.seed, models_of(args.size) / kind)
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def test_seeds_take_checkpoints_in_turn_and_missing_ones_are_trained(experiment,
     other = reproduce.RUNS / "small" / "checkpoints" / "small-epsilon-1"
     assert [one.start(seed) for seed in range(3)] == [models / "small-epsilon", other, models / "small-epsilon"]
     one.run()
-    assert trained == [("small", "epsilon", reproduce.PRETRAINING_STEPS, 1, other)]
+    assert trained == [("small", "epsilon", reproduce.DENOISER_STEPS["small"], 1, other)]
 
 
 def test_each_seed_has_samples_of_its_own_and_the_scores_share_reconstructions(experiment, commands):
