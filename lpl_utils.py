@@ -319,7 +319,8 @@ class LatentPerceptualLoss:
                 if recompute and torch.is_grad_enabled():
                     # Around `forward` alone, so that the hook does not fire again when the block is recomputed.
                     how = {"use_reentrant": False, "preserve_rng_state": False}
-                    forward = partial(checkpoint, forward, **how, context_fn=lambda: (nullcontext(), _Again(self._lean)))
+                    how["context_fn"] = lambda: (nullcontext(), _Again(self._lean))
+                    forward = partial(checkpoint, forward, **how)
                 override(block, "forward", forward)
             yield
 
