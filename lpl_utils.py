@@ -204,7 +204,9 @@ class LatentPerceptualLoss:
             name = type(vae).__name__
             raise ValueError(f"num_blocks {num_blocks}: this {name} has {most} up blocks, give {fewest} to {most}.")
         if channels_last:
-            vae.decoder.to(memory_format=torch.channels_last)
+            for weight in vae.decoder.parameters():  # one by one, as `Module.to` can't with the fake ones of a dry run
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         # Not all decoders run their blocks in the order of the list: take those that fire first.
         self.blocks = mid_blocks + up_blocks
         self.depth = len(mid_blocks) + num_blocks

@@ -147,9 +147,9 @@ RUNS = {
     ),
     "SDXL": ("SDXL", ("--optimizer", "adafactor"), EVERYWHERE),
     "SDXL, accumulation": ("SDXL", ("--gradient_accumulation_steps", 3, "--train_batch_size", 1), EVERYWHERE),
-    "SDXL LoRA, caches": (
+    "SDXL LoRA, caches, channels last": (
         "SDXL",
-        ("--use_lora", "--cache_latents", "--center_crop", "--cache_text_embeddings"),
+        ("--use_lora", "--cache_latents", "--center_crop", "--cache_text_embeddings", "--lpl_channels_last"),
         ("decoder",),
     ),
     "SDXL LoRA, text encoders": (
@@ -160,7 +160,7 @@ RUNS = {
 }
 
 
-FAST = ("SD, average, batch 3, whole graph", "SDXL LoRA, caches")
+FAST = ("SD, average, batch 3, whole graph", "SDXL LoRA, caches, channels last")
 
 
 @pytest.mark.parametrize("name", slow_but(FAST, RUNS))
