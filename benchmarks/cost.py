@@ -329,7 +329,7 @@ def steps_table(counts, name, variants, rounds, counted=True):
     turns = time_steps(name, counts.photos(name), variants, rounds) if rounds else None
     titles = ["images/s", "l2 = 1", "paper"] if turns else []
     titles += ["GiB, allocated", "l2 = 1"] if turns and turns.peaks else []
-    titles += ["GiB, counted", "l2 = 1", "paper", "TFLOP per image", "l2 = 1"] if counted else []
+    titles += ["GiB, counted", "l2 = 1", "paper", "TFLOP per image", "l2 = 1", "paper's time"] if counted else []
     times = f"; times on {device_name()}, {rounds} rounds" if rounds else ""
     print(f"\nA training step of {name}, batch {batch}, {model.resolution} px{times}\n")
     print_row("", *titles)
@@ -363,8 +363,8 @@ def measured_cells(turns, title, batch):
 def counted_cells(n, l2, title, batch):
     """Of the numbers of two dry runs: peak and arithmetic."""
     memory = [f"{n['peak'] / 2**30:.3g}", f"{n['peak'] / l2['peak']:.2f}"]
-    paper = f"{PAPER[title][1]:.2f}" if title in PAPER else ""
-    return [*memory, paper, f"{n['flops'] / batch / 1e12:.3g}", f"{n['flops'] / l2['flops']:.2f}"]
+    paper = [f"{PAPER[title][1]:.2f}", f"{1 / PAPER[title][0]:.2f}"] if title in PAPER else ["", ""]
+    return [*memory, paper[0], f"{n['flops'] / batch / 1e12:.3g}", f"{n['flops'] / l2['flops']:.2f}", paper[1]]
 
 
 def device_name():
