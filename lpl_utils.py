@@ -204,9 +204,10 @@ class LatentPerceptualLoss:
             name = type(vae).__name__
             raise ValueError(f"num_blocks {num_blocks}: this {name} has {most} up blocks, give {fewest} to {most}.")
         if channels_last:
-            for weight in vae.decoder.parameters():  # one by one, as `Module.to` can't with the fake ones of a dry run
-                if weight.ndim == 4:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            for weight in vae.decoder.parameters():  # `Module.to` fails with videos' and with fake ones
+                if weight.ndim in formats:
+                    weight.data = weight.data.contiguous(memory_format=formats[weight.ndim])
         # Not all decoders run their blocks in the order of the list: take those that fire first.
         self.blocks = mid_blocks + up_blocks
         self.depth = len(mid_blocks) + num_blocks

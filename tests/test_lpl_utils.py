@@ -935,6 +935,16 @@ def test_a_checkpointed_graph_can_be_left_for_another_backward_pass():
 # Cheaper
 
 
+def test_channels_last_of_a_decoder_of_videos():
+    vae = build_tiny_vae("AutoencoderKLQwenImage").double()
+    z0_hat, z0 = latents_of(vae, 2)
+    expected = value_and_gradient(lpl_of(vae), z0_hat, z0)
+    lpl = lpl_of(vae, channels_last=True)
+    assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    for actual, wanted in zip(value_and_gradient(lpl, z0_hat, z0)[:2], expected[:2]):
+        assert_equal_to(actual, wanted, rtol=1e-9)
+
+
 def test_channels_last_changes_the_decoder_and_no_value():
     z0_hat, z0 = latents(2, 16, spike=40)
     expected = value_and_gradient(LatentPerceptualLoss(vae64()), z0_hat, z0)
