@@ -218,6 +218,8 @@ class LatentPerceptualLoss:
             # Block by block: hooks on a decoder that is compiled as a whole would never fire.
             compiled = partial(torch.compile, backend=compile_backend, dynamic=False)
             self._forwards = {block: compiled(block.forward) for block in self.blocks}
+            if chunk_size == 0:  # the caller's graph, which may be kept for another backward pass
+                torch._functorch.config.donated_buffer = False
 
     def __call__(self, z0_hat, z0):
         """Compare predicted and true clean latents.
