@@ -48,12 +48,13 @@ DEFAULTS = {  # of the flags, by --size; the large one is meant for a GPU
         "prediction_types": ["epsilon"],
         "checkpoints": 1,
         "seeds": 3,
-        "steps": 300,
-        "train_batch_size": 32,
-        "lpl_max_samples": 8,
+        "steps": 250,
+        "train_batch_size": 24,
+        "lpl_max_samples": 6,
         "learning_rate": 3e-4,
         "ema_decay": 0.99,
-        "num_samples": 2000,
+        "num_samples": 1000,
+        "num_inference_steps": 16,
     },
     "large": {
         "prediction_types": ["epsilon", "v_prediction", "flow_prediction"],
@@ -65,6 +66,7 @@ DEFAULTS = {  # of the flags, by --size; the large one is meant for a GPU
         "learning_rate": 3e-4,
         "ema_decay": 0.999,
         "num_samples": 10_000,
+        "num_inference_steps": 50,
     },
 }
 CLASSIFIER_STEPS = 1000  # of the network of E-LatentLPIPS
@@ -262,8 +264,9 @@ class Experiment:
     def score(self, arm, seed):
         """Draw samples of an arm's model and measure them."""
         model, scaled = self.model(arm, seed), self.arms[arm] is more_contrast
-        drawing = f"--model {model} --resolution {self.resolution} --num_inference_steps 20 --guidance_scale 1"
-        flags = f"{drawing} --num_samples {self.args.num_samples} --seed {seed * SAMPLE_SEEDS}"
+        number, steps = self.args.num_samples, self.args.num_inference_steps
+        drawing = f"--model {model} --resolution {self.resolution} --num_inference_steps {steps} --guidance_scale 1"
+        flags = f"{drawing} --num_samples {number} --seed {seed * SAMPLE_SEEDS}"
         # The evaluation can't know that a VAE with another scale reconstructs the same.
         self.evaluate(self.score_folder(arm, seed), flags, model, shared=None if scaled else self.reconstructions)
 

@@ -26,7 +26,7 @@ import train_lpl_dit
 
 CONFIGS = Path(__file__).parent.parent / "transformer_configs"
 SETTINGS = {"steps": 300, "num_samples": 6, "seeds": 2, "jobs": 1, "checkpoints": 1, "train_batch_size": 4}
-SETTINGS |= {"size": "small", "learning_rate": 1e-4, "ema_decay": 0.9, "lpl_max_samples": 2}
+SETTINGS |= {"size": "small", "learning_rate": 1e-4, "ema_decay": 0.9, "lpl_max_samples": 2, "num_inference_steps": 16}
 
 
 @pytest.fixture(scope="module")
