@@ -50,7 +50,7 @@ DEFAULTS = {  # of the flags, by --size; the large one is meant for a GPU
         "seeds": 3,
         "steps": 250,
         "train_batch_size": 24,
-        "lpl_max_samples": 6,
+        "lpl_max_samples": 4,
         "learning_rate": 3e-4,
         "ema_decay": 0.99,
         "num_samples": 1000,
@@ -245,7 +245,7 @@ class Experiment:
             --max_train_steps {args.steps} --learning_rate {args.learning_rate} --lr_scheduler cosine
             --lr_warmup_steps {min(20, args.steps // 10)} --use_ema --ema_decay {args.ema_decay}
             --lpl_base_resolution {self.resolution} --lpl_num_blocks {len(WIDTHS[args.size])}
-            --lpl_max_samples {args.lpl_max_samples}
+            --lpl_max_samples {args.lpl_max_samples} --lpl_chunk_size {min(args.lpl_max_samples, 8)}
             --checkpointing_steps {10**9} --report_to none --seed {seed}
             --output_dir {folder} {flags.format(**self.placeholders)}"""
         sources = [self.start(seed)] + [self.placeholders["classifier"]] * ("{classifier}" in flags)
