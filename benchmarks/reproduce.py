@@ -263,12 +263,11 @@ class Experiment:
 
     def score(self, arm, seed):
         """Draw samples of an arm's model and measure them."""
-        model, scaled = self.model(arm, seed), self.arms[arm] is more_contrast
+        model = self.model(arm, seed)
         number, steps = self.args.num_samples, self.args.num_inference_steps
         drawing = f"--model {model} --resolution {self.resolution} --num_inference_steps {steps} --guidance_scale 1"
         flags = f"{drawing} --num_samples {number} --seed {seed * SAMPLE_SEEDS}"
-        # The evaluation can't know that a VAE with another scale reconstructs the same.
-        self.evaluate(self.score_folder(arm, seed), flags, model, shared=None if scaled else self.reconstructions)
+        self.evaluate(self.score_folder(arm, seed), flags, model)
 
     def score_training_crops(self):
         """As if they were samples, which gives the folder of what a model that knows them by heart would get."""
@@ -280,19 +279,15 @@ class Experiment:
             (folder / f"{path.parent.name}-{path.name}").symlink_to(path.resolve())
         vae, scores = self.start(0) / "vae", self.folder / "training-crops-score"
         flags = f"--samples {folder} --pretrained_vae_model_name_or_path {vae} --num_samples {count}"
-        self.evaluate(scores, flags, vae, shared=self.reconstructions)
+        self.evaluate(scores, flags, vae)
         return scores
 
-    @property
-    def reconstructions(self):
-        return self.shared / "reconstructions"
-
-    def evaluate(self, folder, flags, source, shared):
+    def evaluate(self, folder, flags, source):
         command = f"""
             {launch()} evaluate_lpl.py {flags} --names samples --reference {self.crops / "held_out"}
             --feature_extractor {" ".join(map(str, self.extractors))} --batch_size 50 --half_samples 2
             --output_dir {folder}"""
-        make(folder, shlex.split(command), source, *self.extractors, shared=shared)
+        make(folder, shlex.split(command), source, *self.extractors, shared=self.shared / "reconstructions")
 
     def run(self):
         """Train and score what is missing."""
@@ -309,7 +304,8 @@ class Experiment:
         jobs(first)
         jobs(partial(self.model, *run) for run in trained)
         jobs(partial(self.model, *run) for run in runs)
-        jobs(partial(self.score, *run) for run in runs)
+        for seed in self.seeds:  # in turn: the first one's scores have the reconstructions of every VAE made
+            jobs(partial(self.score, arm, seed) for arm in self.arms)
 
     def seconds_per_step(self, arm, seed):
         """The median over the log's lines."""
@@ -549,7 +545,7 @@ def looks():
 
 
 def draw_samples(experiment, path, count=12):
-    """The first samples of each arm, which in a column start from the same noise."""
+    """The first samples of each arm, which in a column start from the same noise, in 256 colours."""
     rows, labels = {}, []
     for arm in experiment.arms:
         files = sorted((experiment.score_folder(arm, 0) / "samples" / "samples").glob("*.png"))[:count]
@@ -557,6 +553,7 @@ def draw_samples(experiment, path, count=12):
         rows[textwrap.fill(arm, 14)] = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
         labels = [""] * len(files)
     draw_comparison(labels, rows, path, scale=1)
+    Image.open(path).quantize().save(path, optimize=True)
 
 
 # ---------------------------------------------------------------- program

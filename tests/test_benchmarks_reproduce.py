@@ -321,7 +321,7 @@ def test_the_whole_comparison_is_made_once(run, runs, monkeypatch):
     report = json.loads((folder / "defaults" / "0-score" / "report.json").read_text())["models"][0]["metrics"]
     row = next(line for line in text.splitlines() if line.startswith("| LPL |")).split(" | ")
     assert float(row[1]) == pytest.approx(report["frechet_distance"], rel=1e-3)
-    assert len(list((runs / "small" / "reconstructions").iterdir())) == 1, "of the VAE, which is everybody's"
+    assert len(list((runs / "small" / "reconstructions").iterdir())) == 2, "of the VAE, and of the scaled one"
     for arm in few:
         assert f"| {arm} |" in text
     assert all((runs / f"out-epsilon-{name}.png").stat().st_size > 10_000 for name in ("spectra", "samples"))
