@@ -296,14 +296,12 @@ class Experiment:
                 steps = DENOISER_STEPS[self.args.size]
                 train_denoiser(self.args.size, self.prediction_type, steps, seed, self.start(seed))
         jobs = partial(side_by_side, self.args.jobs)
-        runs = [(arm, seed) for seed in self.seeds for arm in self.arms]
-        trained = [run for run in runs if not callable(self.arms[run[0]])]
-        # First what fills the folders that all others read, then what others are made from.
+        trained = [(arm, seed) for seed in self.seeds for arm, how in self.arms.items() if not callable(how)]
+        # First what fills the folders that all others read; what is made from other arms is made when it is scored.
         first = [self.score_training_crops, partial(self.model, *trained[0])]
         first += [self.train_latent_classifier] if any("{classifier}" in self.arms[arm] for arm, _ in trained) else []
         jobs(first)
         jobs(partial(self.model, *run) for run in trained)
-        jobs(partial(self.model, *run) for run in runs)
         for seed in self.seeds:  # in turn: the first one's scores have the reconstructions of every VAE made
             jobs(partial(self.score, arm, seed) for arm in self.arms)
 
