@@ -543,7 +543,7 @@ def looks():
 
 
 def draw_samples(experiment, path, count=12):
-    """The first samples of each arm, which in a column start from the same noise, in 256 colours."""
+    """The first samples of each arm, which in a column start from the same noise."""
     rows, labels = {}, []
     for arm in experiment.arms:
         files = sorted((experiment.score_folder(arm, 0) / "samples" / "samples").glob("*.png"))[:count]
@@ -551,7 +551,6 @@ def draw_samples(experiment, path, count=12):
         rows[textwrap.fill(arm, 14)] = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
         labels = [""] * len(files)
     draw_comparison(labels, rows, path, scale=1)
-    Image.open(path).quantize().save(path, optimize=True)
 
 
 # ---------------------------------------------------------------- program
