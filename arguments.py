@@ -353,8 +353,8 @@ def add_lpl_arguments(parser):
     add("--lpl_num_blocks", type=int, default=4, help="decoder up blocks compared after the mid block; 3 is cheaper")
     add("--lpl_normalization", choices=["shared", "target", "separate", "channel_l2"], default="shared",
         help="whose statistics standardise the features")
-    add("--lpl_detach_stats", action=argparse.BooleanOptionalAction, default=True,
-        help="no gradient through those statistics")
+    add("--lpl_detach_stats", action=argparse.BooleanOptionalAction, help="no gradient through those statistics; the "
+        "default, but for separate, which would only lower the contrast without that gradient")
     add("--lpl_weighting", choices=["inverse", "exponential", "uniform", "balanced"], default="inverse",
         help="how the blocks are weighted by resolution; balanced measures the weights")
     add("--lpl_reduction", choices=["mean", "sum"], default="mean", help="over the positions of a feature map")
@@ -891,6 +891,8 @@ def set_defaults(args):
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 1e-4
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
+    if args.lpl_detach_stats is None:
+        args.lpl_detach_stats = args.lpl_normalization != "separate"
     if args.validation_prompt is not None:
         args.validation_prompts = [args.validation_prompt]
     args.save_dtype = sorted(set(args.save_dtype), key=["fp32", "bf16", "fp16"].index)

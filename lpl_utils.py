@@ -136,7 +136,8 @@ class LatentPerceptualLoss:
             latent; `separate`: each with its own (Sec. 4.3's ablation); `channel_l2`: both divided, position by
             position, by the length of the clean feature vector, as in LPIPS.
         detach_stats: no gradient through the statistics. With the gradient (the literal Eq. 3) a model can lower the
-            loss by inflating the variance of its features.
+            loss by inflating the variance of its features. `separate` needs that gradient: the amplitude of its
+            features cancels, and without the gradient each step makes it smaller, whatever it is.
         weighting: omega_l from the resolutions r_l: `inverse` r_1 / r_l, `exponential` 2^(-r_l / r_1), `uniform` 1;
             `balanced`: uniform until `balance` is called with measured means.
         reduction: over positions, `mean` of the valid ones or `sum` in units of the first layer's number of positions.

@@ -99,8 +99,8 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
             {
                 "shared, detached": LPL,
                 "shared": "--no-lpl_detach_stats",
-                "separate, detached": MORE["LPL, separate"],
-                "separate": f"{MORE['LPL, separate']} --no-lpl_detach_stats",
+                "separate, detached": f"{MORE['LPL, separate']} --lpl_detach_stats",
+                "separate": MORE["LPL, separate"],
             },
         ),
         "outliers": Grid(

@@ -623,6 +623,20 @@ def test_the_decoder_is_checkpointed_above_1024_pixels(parse, words, resolution,
     assert parse(*words, resolution=resolution).lpl_gradient_checkpointing is expected
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], True),
+        (["--lpl_normalization", "target"], True),
+        (["--lpl_normalization", "separate"], False),
+        (["--lpl_normalization", "separate", "--lpl_detach_stats"], True),
+        (["--no-lpl_detach_stats"], False),
+    ],
+)
+def test_statistics_of_separate_keep_their_gradient(parse, words, expected):
+    assert parse(*words).lpl_detach_stats is expected
+
+
 def test_only_one_process_of_a_machine_speaks(parse, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as exit:

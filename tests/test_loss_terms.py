@@ -52,6 +52,7 @@ def parse(tiny_sd, photos, tmp_path):
         (["--lpl_num_blocks", "2"], "depth", 3),
         (["--lpl_normalization", "separate"], "normalization", "separate"),
         (["--no-lpl_detach_stats"], "detach_stats", False),
+        (["--lpl_normalization", "separate"], "detach_stats", False),
         (["--lpl_weighting", "uniform"], "_omega", [1.0] * 5),
         (["--lpl_reduction", "sum"], "reduction", "sum"),
         (["--no-lpl_outlier_mask"], "mask_outliers", False),

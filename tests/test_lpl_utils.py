@@ -634,6 +634,20 @@ def test_detached_statistics_change_the_gradient_but_not_the_value():
     assert (detached[1] - attached[1]).norm() > 0.05 * attached[1].norm()
 
 
+@pytest.mark.parametrize("gain", [0.2, 1.0, 5.0])
+def test_without_the_statistics_gradient_separate_lowers_any_contrast(gain):
+    noise = torch.randn(2, 1, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z0_hat, z0 = ((x - x.mean()) / x.std(unbiased=False) for x in (noise[0] + noise[1], noise[1]))
+    z0_hat, rho = gain * z0_hat, (z0_hat * z0).mean().item()
+    for detach_stats, by_hand in ((False, 0), (True, 2 * (1 - rho))):  # of the loss 2 - 2 rho, by the log of the gain
+        lpl = LatentPerceptualLoss(
+            stub_vae(Same(), channels=1), num_blocks=0, normalization="separate", detach_stats=detach_stats
+        )
+        loss, gradient, _ = value_and_gradient(lpl, z0_hat, z0)
+        assert loss.item() == pytest.approx(2 - 2 * rho, rel=1e-3)  # up to the epsilon
+        assert (gradient * z0_hat).sum().item() == pytest.approx(by_hand, rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("detach_stats", [True, False])
 @pytest.mark.parametrize(
     "kind, normalization", [("AutoencoderKL", n) for n in NORMALIZATIONS] + [(kind, "shared") for kind in OTHER_KINDS]
