@@ -24,6 +24,7 @@ from reproduce import (  # noqa: E402
     METRICS,
     MORE,
     PAPER,
+    SCALED,
     Experiment,
     add_run_arguments,
     change,
@@ -47,7 +48,7 @@ FD = ("frechet_distance", "frechet_distance_reconstructed")
 
 
 class Grid(NamedTuple):
-    """One setting. rows: its values, numbers if there is a plot -> flags of train_lpl_dit.py."""
+    """One setting. rows: its values, numbers if there is a plot -> flags of train_lpl_dit.py, or a name of SCALED."""
 
     title: str
     rows: dict
@@ -131,6 +132,12 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
             FD,
             baselines={start: f"{L2} {flags}" if start else L2 for start, flags in longer.items()},
         ),
+        "contrast": Grid(
+            "Latents of the samples times a factor before decoding, those of LPL and of l2",
+            {1: LPL, **{factor: f"LPL, latents x {factor}" for factor in (1.1, 1.2, 1.3)}},
+            (*FD, "frechet_distance_random", "frechet_distance_reconstructed_random", "recall", "spectrum_error"),
+            baselines={1: L2, **{factor: f"l2, latents x {factor}" for factor in (1.1, 1.2, 1.3)}},
+        ),
         "objectives": Grid(
             "Tables 5 and 6: other objectives",
             {
@@ -211,7 +218,7 @@ def main(argv=None):
     parts = [heading(argv)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for prediction_type in args.prediction_types:
-        needed = {flags: flags for name in args.grid for flags in flags_of(grids[name])}
+        needed = {flags: SCALED.get(flags, flags) for name in args.grid for flags in flags_of(grids[name])}
         experiment = Experiment(args, prediction_type, needed)
         experiment.run()
         reports = experiment.reports()

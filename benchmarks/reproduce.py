@@ -70,7 +70,6 @@ DEFAULTS = {  # of the flags, by --size; the large one is meant for a GPU
     },
 }
 CLASSIFIER_STEPS = 1000  # of the network of E-LatentLPIPS
-CONTRAST = 1.1  # of the latents, in the arm that has this alone
 SAMPLE_SEEDS = 10**6  # from one seed's samples to the next one's
 
 
@@ -88,24 +87,34 @@ def same_time(experiment, seed):
     return experiment.train(f"{L2} --max_train_steps {round(factor * experiment.args.steps)}", seed)
 
 
-def more_contrast(experiment, seed):
-    """l2's model, with a VAE that is told of another scale: it decodes the latents times CONTRAST.
+def scaled(flags, factor):
+    """What makes a trained model with a VAE that is told of another scale: it decodes the latents times `factor`.
 
     That alone can bring samples nearer to real images, so LPL has to do more.
     """
-    source, folder = experiment.model("l2", seed), experiment.folder / "contrast" / f"{seed}"
-    made_by = f"contrast {CONTRAST}\n{fingerprint(source)}\n"
-    if not is_made(folder, made_by):
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("made_by.txt", "train_log.jsonl"))
-        path = folder / "vae" / "config.json"
-        config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "scaling_factor": config["scaling_factor"] / CONTRAST}, indent=2) + "\n")
-        (folder / "made_by.txt").write_text(made_by)
-    return folder
+
+    def model(experiment, seed):
+        source, folder = experiment.train(flags, seed), experiment.folder / slug(f"{flags} x {factor}") / f"{seed}"
+        made_by = f"latents x {factor}\n{fingerprint(source)}\n"
+        if not is_made(folder, made_by):
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("made_by.txt"))
+            path = folder / "vae" / "config.json"
+            config = json.loads(path.read_text())
+            changed = {**config, "scaling_factor": config["scaling_factor"] / factor}
+            path.write_text(json.dumps(changed, indent=2) + "\n")
+            (folder / "made_by.txt").write_text(made_by)
+        return folder
+
+    return model
 
 
 # Name -> flags of train_lpl_dit.py, or what makes the model from those of other arms
 L2 = "--lpl_weight 0"
+SCALED = {
+    f"{arm}, latents x {factor}": scaled(flags, factor)
+    for arm, flags in (("l2", L2), ("LPL", ""))
+    for factor in (1.1, 1.2, 1.3)
+}
 FEW = {
     "before": untouched,
     "l2": L2,
@@ -114,7 +123,7 @@ FEW = {
     "LPL, channel_l2": "--lpl_normalization channel_l2",  # blocks are weighted by `inverse`, positions by `mean`
     "l2, same time": same_time,
     "l2 on noise and z0": f"{L2} --clean_latent_weight auto:0.2 --gate_objectives clean_latent",
-    "l2, latents x 1.1": more_contrast,
+    "l2, latents x 1.1": SCALED["l2, latents x 1.1"],
 }
 SELF_PERCEPTUAL = f"{L2} --self_perceptual_weight variance:0.1 --sp_layer"
 LPIPS = f"{L2} --e_latent_lpips_weight variance:0.1 --e_latent_lpips_model {{classifier}}"
