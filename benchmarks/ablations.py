@@ -44,7 +44,7 @@ LPL = ""  # no flags: the defaults
 OBJECTIVES = [arm for arm in MORE if not arm.startswith("LPL")]
 # FID of the paper at 512 pixels, where l2 has 4.88
 PAPERS = {arm: fid for rows in PAPER.values() for *_, arm, _, l2, fid in rows if arm and l2 == 4.88}
-FD = ("frechet_distance", "frechet_distance_reconstructed")
+PLOTTED = ("frechet_distance", "frechet_distance_reconstructed", "spectrum_error")
 
 
 class Grid(NamedTuple):
@@ -75,7 +75,7 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
         "num_blocks": Grid(
             "Fig. 7: blocks of the decoder that are compared, the mid block being the first",
             {0: L2, **{1 + n: f"--lpl_num_blocks {n}" for n in range(num_blocks)}, 1 + num_blocks: LPL},
-            FD,
+            PLOTTED,
             disks=True,
         ),
         "normalization": Grid(
@@ -94,7 +94,7 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
             papers={"inverse": PAPERS["LPL"], "uniform": PAPERS["LPL, uniform"]},
         ),
         "gate": Grid("Fig. 6: threshold", of("lpl_sigma_threshold", (0.577, 1, 3, 6, 20), 3), fig_6, log=True),
-        "weight": Grid("Fig. 9: share of the loss", of("lpl_target_share", (0.05, 0.1, 0.2, 0.35, 0.5), 0.2), FD),
+        "weight": Grid("Fig. 9: share of the loss", of("lpl_target_share", (0.05, 0.1, 0.2, 0.35, 0.5), 0.2), PLOTTED),
         "detach": Grid(
             "Gradient through the statistics",
             {
@@ -116,26 +116,26 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
         "ema_decay": Grid(
             "Fig. 10: decay of the average weights, LPL and l2",
             of("ema_decay", decays, decays[2]),
-            FD,
+            PLOTTED,
             baselines={decay: f"{L2} --ema_decay {decay}" if decay != decays[2] else L2 for decay in decays},
         ),
         "max_samples": Grid(
             "Samples of a batch that are decoded",
             of("lpl_max_samples", most, max_samples),
-            FD,
+            PLOTTED,
             log=True,
             disks=True,
         ),
         "start": Grid(
             "Table 4: steps of l2 alone before LPL, against as many of l2",
             {start: f"{flags} --lpl_start_step {start}" if start else LPL for start, flags in longer.items()},
-            FD,
+            PLOTTED,
             baselines={start: f"{L2} {flags}" if start else L2 for start, flags in longer.items()},
         ),
         "contrast": Grid(
             "Latents of the samples times a factor before decoding, those of LPL and of l2",
             {1: LPL, **{factor: f"LPL, latents x {factor}" for factor in (1.1, 1.2, 1.3)}},
-            (*FD, "frechet_distance_random", "frechet_distance_reconstructed_random", "recall", "spectrum_error"),
+            (*PLOTTED, "frechet_distance_random", "frechet_distance_reconstructed_random", "recall"),
             baselines={1: L2, **{factor: f"l2, latents x {factor}" for factor in (1.1, 1.2, 1.3)}},
         ),
         "objectives": Grid(
