@@ -53,7 +53,7 @@ class Grid(NamedTuple):
     title: str
     rows: dict
     metrics: tuple = ()  # to plot, if any
-    log: bool = False  # the axis of the values
+    axis: str = "linear"  # of the values, as matplotlib calls it
     disks: bool = False  # whose area is a step's time
     baselines: dict = {}  # value -> flags of what it is compared with, if that is not l2
     papers: dict = {}  # value -> FID, of PAPERS
@@ -66,7 +66,8 @@ def of(flag, numbers, default):
 
 def make_grids(steps, ema_decay, max_samples, num_blocks):
     """Name -> Grid; what depends on the size of the experiment is in proportion to these, its defaults."""
-    decays = [round(1 - share * (1 - ema_decay), 6) for share in (10, 3, 1, 0.3, 0.1)]
+    reached = round(min(ema_decay, steps / (steps + 9)), 3)  # as the average warms up
+    decays = [round(1 - 1 / max(2, steps * share), 3) for share in (0.008, 0.02, 0.04, 0.08)] + [reached]
     most = [max(1, round(max_samples * share)) for share in (1 / 4, 1 / 2, 1, 2, 4)]
     starts = [0, steps // 2, steps]
     longer = {start: f"--max_train_steps {steps + start}" for start in starts}
@@ -93,7 +94,7 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
             {"inverse": LPL, **{name: f"--lpl_weighting {name}" for name in ("exponential", "uniform", "balanced")}},
             papers={"inverse": PAPERS["LPL"], "uniform": PAPERS["LPL, uniform"]},
         ),
-        "gate": Grid("Fig. 6: threshold", of("lpl_sigma_threshold", (0.577, 1, 3, 6, 20), 3), fig_6, log=True),
+        "gate": Grid("Fig. 6: threshold", of("lpl_sigma_threshold", (0.577, 1, 3, 6, 20), 3), fig_6, axis="log"),
         "weight": Grid("Fig. 9: share of the loss", of("lpl_target_share", (0.05, 0.1, 0.2, 0.35, 0.5), 0.2), PLOTTED),
         "detach": Grid(
             "Gradient through the statistics",
@@ -114,16 +115,17 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
             },
         ),
         "ema_decay": Grid(
-            "Fig. 10: decay of the average weights, LPL and l2",
-            of("ema_decay", decays, decays[2]),
+            "Fig. 10: decay of the average weights at the end, LPL and l2",
+            of("ema_decay", decays, reached),
             PLOTTED,
-            baselines={decay: f"{L2} --ema_decay {decay}" if decay != decays[2] else L2 for decay in decays},
+            axis="logit",
+            baselines={decay: f"{L2} --ema_decay {decay}" if decay != reached else L2 for decay in decays},
         ),
         "max_samples": Grid(
             "Samples of a batch that are decoded",
             of("lpl_max_samples", most, max_samples),
             PLOTTED,
-            log=True,
+            axis="log",
             disks=True,
         ),
         "start": Grid(
@@ -196,7 +198,7 @@ def draw_grid(experiment, grid, reports, path):
             if grid.disks:
                 areas = [60 * seconds(experiment, flags)[0] for flags in grid.rows.values()]
                 axis.scatter(list(grid.rows), means, areas, color=COLORS[1], alpha=0.3, linewidth=0)
-            axis.set_xscale("log" if grid.log else "linear")
+            axis.set_xscale(grid.axis)
             axis.set_xticks(list(grid.rows), [f"{value:g}" for value in grid.rows])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_title(METRICS[name], fontsize=10)

@@ -2,7 +2,9 @@
 
 import ablations
 import pytest
+import torch
 from ablations import Grid, draw_grid, flags_of, grid_table, make_grids
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from reproduce import L2, METRICS
 
@@ -66,7 +68,14 @@ def test_the_default_is_trained_once_for_all_grids():
         assert "" in grid.rows.values(), name
         assert len(set(grid.rows.values())) == len(grid.rows), name
     assert list(GRIDS["num_blocks"].rows.items())[0] == (0, L2)
-    assert GRIDS["ema_decay"].rows.keys() == {0.9, 0.97, 0.99, 0.997, 0.999}
+
+
+@pytest.mark.parametrize("steps, ema_decay", [(250, 0.99), (250, 0.96), (3000, 0.999)])
+def test_the_decays_are_reached_in_these_steps(steps, ema_decay):
+    average = EMAModel([torch.nn.Parameter(torch.zeros(1))], ema_decay)
+    decays = list(make_grids(steps, ema_decay, 8, 3)["ema_decay"].rows)
+    assert decays == sorted(decays) and len(set(decays)) == 5
+    assert decays[-1] == pytest.approx(average.get_decay(steps), abs=5e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.metrics])
