@@ -347,7 +347,9 @@ def test_the_whole_comparison_is_made_once(run, runs, monkeypatch):
 
 @pytest.mark.slow
 def test_a_grid_of_the_ablations(run, runs, monkeypatch):
-    gate = ablations.Grid("Threshold", ablations.of("lpl_sigma_threshold", (1, 3), 3), ("frechet_distance",), log=True)
+    gate = ablations.Grid(
+        "Threshold", ablations.of("lpl_sigma_threshold", (1, 3), 3), ("frechet_distance",), axis="log"
+    )
     monkeypatch.setattr(ablations, "make_grids", lambda *sizes: {"gate": gate})
     text, _ = run(ablations)
     assert "| 1 |" in text and "| 3 |" in text
