@@ -346,12 +346,17 @@ def test_the_whole_comparison_is_made_once(run, runs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_grid_of_the_ablations(run, runs, monkeypatch):
+def test_two_grids_of_the_ablations(run, runs, monkeypatch):
     gate = ablations.Grid(
         "Threshold", ablations.of("lpl_sigma_threshold", (1, 3), 3), ("frechet_distance",), axis="log"
     )
-    monkeypatch.setattr(ablations, "make_grids", lambda *sizes: {"gate": gate})
+    baselines = {1: FEW["l2"], 1.1: "l2, latents x 1.1"}
+    contrast = ablations.Grid("Contrast", {1: "", 1.1: "LPL, latents x 1.1"}, baselines=baselines)
+    monkeypatch.setattr(ablations, "make_grids", lambda *sizes: {"gate": gate, "contrast": contrast})
     text, _ = run(ablations)
     assert "| 1 |" in text and "| 3 |" in text
     assert (runs / "out-epsilon-gate.png").stat().st_size > 5_000
+    report = json.loads((runs / "small" / "epsilon" / "LPL-latents-x-1.1" / "0-score" / "report.json").read_text())
+    row = next(line for line in text.splitlines() if line.startswith("| 1.1 |")).split(" | ")
+    assert float(row[1]) == pytest.approx(report["models"][0]["metrics"]["frechet_distance"], rel=1e-3)
     assert run(ablations, "--grid", "gate")[1] == []
