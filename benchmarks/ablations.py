@@ -189,7 +189,7 @@ def grid_table(experiment, grid, reports):
 def draw_grid(experiment, grid, reports, path):
     """A panel for each metric: means, with the intervals of the changes against the baseline, which is drawn too."""
     with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(3.2 * len(grid.metrics), 3), layout="constrained")
+        figure = Figure(figsize=(3.2 * len(grid.metrics) + 1, 3), layout="constrained")
         for axis, name in zip(figure.subplots(1, len(grid.metrics), squeeze=False)[0], grid.metrics):
             means, reaches, base = zip(*(changes(grid, value, reports, name) for value in grid.rows))
             bars = None if None in reaches else reaches
@@ -199,10 +199,10 @@ def draw_grid(experiment, grid, reports, path):
                 areas = [60 * seconds(experiment, flags)[0] for flags in grid.rows.values()]
                 axis.scatter(list(grid.rows), means, areas, color=COLORS[1], alpha=0.3, linewidth=0)
             axis.set_xscale(grid.axis)
-            axis.set_xticks(list(grid.rows), [f"{value:g}" for value in grid.rows])
+            axis.set_xticks(list(grid.rows), [f"{value:g}" for value in grid.rows], fontsize=7)
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_title(METRICS[name], fontsize=10)
-        axis.legend(frameon=False, fontsize=8)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
         figure.supxlabel(grid.title, fontsize=9)
         save_figure(figure, path)
 
