@@ -19,12 +19,12 @@ import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import NullLocator  # noqa: E402
 from reproduce import (  # noqa: E402
+    DRAWN,
     FEW,
     L2,
     METRICS,
     MORE,
     PAPER,
-    SCALED,
     Experiment,
     add_run_arguments,
     change,
@@ -45,10 +45,11 @@ OBJECTIVES = [arm for arm in MORE if not arm.startswith("LPL")]
 # FID of the paper at 512 pixels, where l2 has 4.88
 PAPERS = {arm: fid for rows in PAPER.values() for *_, arm, _, l2, fid in rows if arm and l2 == 4.88}
 PLOTTED = ("frechet_distance", "frechet_distance_reconstructed", "spectrum_error")
+DRAWN_METRICS = (*PLOTTED, "frechet_distance_random", "frechet_distance_reconstructed_random", "recall")
 
 
 class Grid(NamedTuple):
-    """One setting. rows: its values, numbers if there is a plot -> flags of train_lpl_dit.py, or a name of SCALED."""
+    """One setting. rows: its values, numbers if there is a plot -> flags of train_lpl_dit.py, or a name of DRAWN."""
 
     title: str
     rows: dict
@@ -137,8 +138,14 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
         "contrast": Grid(
             "Latents of the samples times a factor before decoding, those of LPL and of l2",
             {1: LPL, **{factor: f"LPL, latents x {factor}" for factor in (1.1, 1.2, 1.3)}},
-            (*PLOTTED, "frechet_distance_random", "frechet_distance_reconstructed_random", "recall"),
+            DRAWN_METRICS,
             baselines={1: L2, **{factor: f"l2, latents x {factor}" for factor in (1.1, 1.2, 1.3)}},
+        ),
+        "guidance": Grid(
+            "Classifier-free guidance of the samples of LPL and of l2, the paper's being 2",
+            {1: LPL, **{scale: f"LPL, guidance {scale}" for scale in (1.5, 2, 3)}},
+            DRAWN_METRICS,
+            baselines={1: L2, **{scale: f"l2, guidance {scale}" for scale in (1.5, 2, 3)}},
         ),
         "objectives": Grid(
             "Tables 5 and 6: other objectives",
@@ -220,7 +227,7 @@ def main(argv=None):
     parts = [heading(argv)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for prediction_type in args.prediction_types:
-        needed = {flags: SCALED.get(flags, flags) for name in args.grid for flags in flags_of(grids[name])}
+        needed = {flags: DRAWN.get(flags, flags) for name in args.grid for flags in flags_of(grids[name])}
         experiment = Experiment(args, prediction_type, needed)
         experiment.run()
         reports = experiment.reports()

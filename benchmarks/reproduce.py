@@ -108,13 +108,22 @@ def scaled(flags, factor):
     return model
 
 
+@dataclass(frozen=True)
+class Guided:
+    """A trained model whose samples are drawn with classifier-free guidance; all others' are drawn without."""
+
+    flags: str
+    guidance_scale: float
+
+    def __call__(self, experiment, seed):
+        return experiment.train(self.flags, seed)
+
+
 # Name -> flags of train_lpl_dit.py, or what makes the model from those of other arms
 L2 = "--lpl_weight 0"
-SCALED = {
-    f"{arm}, latents x {factor}": scaled(flags, factor)
-    for arm, flags in (("l2", L2), ("LPL", ""))
-    for factor in (1.1, 1.2, 1.3)
-}
+BOTH = {"l2": L2, "LPL": ""}
+DRAWN = {f"{arm}, latents x {x}": scaled(flags, x) for arm, flags in BOTH.items() for x in (1.1, 1.2, 1.3)}
+DRAWN |= {f"{arm}, guidance {x}": Guided(flags, x) for arm, flags in BOTH.items() for x in (1.5, 2, 3)}
 FEW = {
     "before": untouched,
     "l2": L2,
@@ -123,7 +132,7 @@ FEW = {
     "LPL, channel_l2": "--lpl_normalization channel_l2",  # blocks are weighted by `inverse`, positions by `mean`
     "l2, same time": same_time,
     "l2 on noise and z0": f"{L2} --clean_latent_weight auto:0.2 --gate_objectives clean_latent",
-    "l2, latents x 1.1": SCALED["l2, latents x 1.1"],
+    "l2, latents x 1.1": DRAWN["l2, latents x 1.1"],
 }
 SELF_PERCEPTUAL = f"{L2} --self_perceptual_weight variance:0.1 --sp_layer"
 LPIPS = f"{L2} --e_latent_lpips_weight variance:0.1 --e_latent_lpips_model {{classifier}}"
@@ -274,8 +283,9 @@ class Experiment:
         """Draw samples of an arm's model and measure them."""
         model = self.model(arm, seed)
         number, steps = self.args.num_samples, self.args.num_inference_steps
-        drawing = f"--model {model} --resolution {self.resolution} --num_inference_steps {steps} --guidance_scale 1"
-        flags = f"{drawing} --num_samples {number} --seed {seed * SAMPLE_SEEDS}"
+        guidance = getattr(self.arms[arm], "guidance_scale", 1)
+        drawing = f"--resolution {self.resolution} --num_inference_steps {steps} --guidance_scale {guidance}"
+        flags = f"--model {model} {drawing} --num_samples {number} --seed {seed * SAMPLE_SEEDS}"
         self.evaluate(self.score_folder(arm, seed), flags, model)
 
     def score_training_crops(self):

@@ -16,10 +16,10 @@ import torch
 from conftest import run_script
 from diffusers import AutoencoderKL
 from reproduce import (
+    DRAWN,
     FEW,
     METRICS,
     MORE,
-    SCALED,
     Experiment,
     change,
     make,
@@ -185,7 +185,7 @@ def test_every_arm_and_grid_has_flags_that_the_script_takes(experiment, commands
     monkeypatch.setattr(latent_lpips_files, "check_latent_lpips", lambda model: None)
     arms = {arm: how for arm, how in (FEW | MORE).items() if not callable(how)}
     grids = ablations.make_grids(300, 0.9, 2, 3)
-    arms |= {flags: flags for grid in grids.values() for flags in ablations.flags_of(grid) if flags not in SCALED}
+    arms |= {flags: flags for grid in grids.values() for flags in ablations.flags_of(grid) if flags not in DRAWN}
     for arm in arms:
         experiment(arms).model(arm, seed=1)
     for _, command in commands:
@@ -230,6 +230,17 @@ def test_contrast_is_the_same_model_and_latents_times_1_1(experiment, toy_models
     assert (folder / weights).read_bytes() == (start / weights).read_bytes()
     monkeypatch.setattr("shutil.copytree", None)
     assert few.model("l2, latents x 1.1", 0) == folder, "it is not made again"
+
+
+def test_guidance_is_another_way_to_draw_the_same_model(experiment, commands):
+    arms = {name: DRAWN[name] for name in ("l2, guidance 2", "l2, guidance 1.5")} | {"l2": FEW["l2"]}
+    guided = experiment(arms, seeds=1)
+    guided.run()
+    trained = {str(folder) for folder, command in commands if "train_lpl_dit.py" in command}
+    scored = {value_of("--guidance_scale", c): c for _, c in commands if "evaluate_lpl.py" in c and "--model" in c}
+    assert len(trained) == 1 and set(scored) == {"1", "1.5", "2"}
+    assert {value_of("--model", command) for command in scored.values()} == trained
+    assert len({guided.score_folder(arm, 0) for arm in arms}) == 3
 
 
 def test_seeds_take_checkpoints_in_turn_and_missing_ones_are_trained(experiment, commands, toy_models, monkeypatch):
