@@ -325,8 +325,9 @@ class Experiment:
             jobs(partial(self.score, arm, seed) for arm in self.arms)
 
     def seconds_per_step(self, arm, seed):
-        """The median over the log's lines."""
-        rates = [line["images_per_second"] for line in read_log(self.model(arm, seed))]
+        """The median over the log's lines of the last --steps steps, before which LPL may wait for its start."""
+        log = read_log(self.model(arm, seed))
+        rates = [line["images_per_second"] for line in log if line["step"] > log[-1]["step"] - self.args.steps]
         return self.args.train_batch_size / median(rates)
 
     def reports(self):

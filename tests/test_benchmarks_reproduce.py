@@ -201,8 +201,9 @@ def test_blocks_are_at_the_papers_depth(experiment, commands):
         assert value_of("--sp_layer", commands[-1][1]) == str(block)
 
 
-def write_log(folder, rates):
-    (folder / "train_log.jsonl").write_text("".join(json.dumps({"images_per_second": rate}) + "\n" for rate in rates))
+def write_log(folder, rates, every=100):
+    lines = (json.dumps({"step": i * every, "images_per_second": rate}) for i, rate in enumerate(rates, 1))
+    (folder / "train_log.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_l2_gets_the_steps_that_take_the_time_of_lpl(experiment, commands):
@@ -213,6 +214,12 @@ def test_l2_gets_the_steps_that_take_the_time_of_lpl(experiment, commands):
         few.model("l2, same time", seed)
         assert value_of("--lpl_weight", commands[-1][1]) == "0"
         assert value_of("--max_train_steps", commands[-1][1]) == ["750", "1200"][seed]
+
+
+def test_the_time_of_a_step_is_that_after_the_start_of_lpl(experiment, commands):
+    late = experiment({"late": "--lpl_start_step 300 --max_train_steps 600"})
+    write_log(late.model("late", 0), [40] * 6 + [16, 16, 10, 10, 16, 16], every=50)
+    assert late.seconds_per_step("late", 0) == 4 / 16
 
 
 def test_contrast_is_the_same_model_and_latents_times_1_1(experiment, toy_models, monkeypatch):
