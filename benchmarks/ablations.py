@@ -44,6 +44,7 @@ LPL = ""  # no flags: the defaults
 OBJECTIVES = [arm for arm in MORE if not arm.startswith("LPL")]
 # FID of the paper at 512 pixels, where l2 has 4.88
 PAPERS = {arm: fid for rows in PAPER.values() for *_, arm, _, l2, fid in rows if arm and l2 == 4.88}
+COMPARED = [arm for arm in OBJECTIVES if arm.startswith(("self-perceptual", "E-LatentLPIPS"))]  # in Table 5
 PLOTTED = ("frechet_distance", "frechet_distance_reconstructed", "spectrum_error")
 DRAWN_METRICS = (*PLOTTED, "frechet_distance_random", "frechet_distance_reconstructed_random", "recall")
 
@@ -72,6 +73,7 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
     most = [max(1, round(max_samples * share)) for share in (1 / 4, 1 / 2, 1, 2, 4)]
     starts = [0, steps // 2, steps]
     longer = {start: f"--max_train_steps {steps + start}" for start in starts}
+    guided = {arm: f"{arm}, guidance 2" for arm in ("LPL", *COMPARED)}
     fig_6 = ("frechet_distance", "coverage", "density", "precision", "recall")
     return {
         "num_blocks": Grid(
@@ -155,6 +157,12 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
                 "l2 on noise and z0": FEW["l2 on noise and z0"],
                 **{name: MORE[name] for name in OBJECTIVES},
             },
+            papers=PAPERS,
+        ),
+        "objectives_guided": Grid(
+            "Table 5 with its guidance of 2, of l2 as well",
+            guided,
+            baselines=dict.fromkeys(guided, "l2, guidance 2"),
             papers=PAPERS,
         ),
     }

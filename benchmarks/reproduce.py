@@ -87,43 +87,41 @@ def same_time(experiment, seed):
     return experiment.train(f"{L2} --max_train_steps {round(factor * experiment.args.steps)}", seed)
 
 
-def scaled(flags, factor):
-    """What makes a trained model with a VAE that is told of another scale: it decodes the latents times `factor`.
+@dataclass(frozen=True)
+class Drawn:
+    """A trained model whose samples are drawn in another way.
 
-    That alone can bring samples nearer to real images, so LPL has to do more.
+    factor: of the latents before they are decoded, by a VAE that is told of another scale. That alone can bring
+    samples nearer to real images, so LPL has to do more. guidance_scale: classifier-free; others are drawn without.
     """
 
-    def model(experiment, seed):
-        source, folder = experiment.train(flags, seed), experiment.folder / slug(f"{flags} x {factor}") / f"{seed}"
-        made_by = f"latents x {factor}\n{fingerprint(source)}\n"
+    flags: str
+    factor: float = 1
+    guidance_scale: float = 1
+
+    def __call__(self, experiment, seed):
+        source = experiment.train(self.flags, seed)
+        if self.factor == 1:
+            return source
+        folder = experiment.folder / slug(f"{self.flags} x {self.factor}") / f"{seed}"
+        made_by = f"latents x {self.factor}\n{fingerprint(source)}\n"
         if not is_made(folder, made_by):
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns("made_by.txt"))
             path = folder / "vae" / "config.json"
             config = json.loads(path.read_text())
-            changed = {**config, "scaling_factor": config["scaling_factor"] / factor}
+            changed = {**config, "scaling_factor": config["scaling_factor"] / self.factor}
             path.write_text(json.dumps(changed, indent=2) + "\n")
             (folder / "made_by.txt").write_text(made_by)
         return folder
 
-    return model
 
-
-@dataclass(frozen=True)
-class Guided:
-    """A trained model whose samples are drawn with classifier-free guidance; all others' are drawn without."""
-
-    flags: str
-    guidance_scale: float
-
-    def __call__(self, experiment, seed):
-        return experiment.train(self.flags, seed)
+def training_of(how):
+    """The flags that an arm is trained with; None if its model is made from others alone."""
+    return how if isinstance(how, str) else getattr(how, "flags", None)
 
 
 # Name -> flags of train_lpl_dit.py, or what makes the model from those of other arms
 L2 = "--lpl_weight 0"
-BOTH = {"l2": L2, "LPL": ""}
-DRAWN = {f"{arm}, latents x {x}": scaled(flags, x) for arm, flags in BOTH.items() for x in (1.1, 1.2, 1.3)}
-DRAWN |= {f"{arm}, guidance {x}": Guided(flags, x) for arm, flags in BOTH.items() for x in (1.5, 2, 3)}
 FEW = {
     "before": untouched,
     "l2": L2,
@@ -132,7 +130,7 @@ FEW = {
     "LPL, channel_l2": "--lpl_normalization channel_l2",  # blocks are weighted by `inverse`, positions by `mean`
     "l2, same time": same_time,
     "l2 on noise and z0": f"{L2} --clean_latent_weight auto:0.2 --gate_objectives clean_latent",
-    "l2, latents x 1.1": DRAWN["l2, latents x 1.1"],
+    "l2, latents x 1.1": Drawn(L2, factor=1.1),
 }
 SELF_PERCEPTUAL = f"{L2} --self_perceptual_weight variance:0.1 --sp_layer"
 LPIPS = f"{L2} --e_latent_lpips_weight variance:0.1 --e_latent_lpips_model {{classifier}}"
@@ -152,6 +150,10 @@ MORE = {
     "min-SNR": f"{L2} --snr_gamma 5",
 }
 ARMS = {"few": FEW, "all": FEW | MORE}
+BOTH = {"l2": L2, "LPL": ""}
+DRAWN = {f"{arm}, latents x {x}": Drawn(flags, factor=x) for arm, flags in BOTH.items() for x in (1.1, 1.2, 1.3)}
+DRAWN |= {f"{arm}, guidance {x}": Drawn(flags, guidance_scale=x) for arm, flags in BOTH.items() for x in (1.5, 2, 3)}
+DRAWN |= {f"{arm}, guidance 2": Drawn(flags, guidance_scale=2) for arm, flags in MORE.items()}
 
 
 # ---------------------------------------------------------------- commands that are run once
@@ -315,12 +317,13 @@ class Experiment:
                 steps = DENOISER_STEPS[self.args.size]
                 train_denoiser(self.args.size, self.prediction_type, steps, seed, self.start(seed))
         jobs = partial(side_by_side, self.args.jobs)
-        trained = [(arm, seed) for seed in self.seeds for arm, how in self.arms.items() if not callable(how)]
+        trainings = [flags for flags in dict.fromkeys(map(training_of, self.arms.values())) if flags is not None]
+        trained = [(flags, seed) for seed in self.seeds for flags in trainings]
         # First what fills the folders that all others read; what is made from other arms is made when it is scored.
-        first = [self.score_training_crops, partial(self.model, *trained[0])]
-        first += [self.train_latent_classifier] if any("{classifier}" in self.arms[arm] for arm, _ in trained) else []
+        first = [self.score_training_crops, partial(self.train, *trained[0])]
+        first += [self.train_latent_classifier] if any("{classifier}" in flags for flags in trainings) else []
         jobs(first)
-        jobs(partial(self.model, *run) for run in trained)
+        jobs(partial(self.train, *run) for run in trained)
         for seed in self.seeds:  # in turn: the first one's scores have the reconstructions of every VAE made
             jobs(partial(self.score, arm, seed) for arm in self.arms)
 

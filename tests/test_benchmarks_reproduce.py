@@ -250,6 +250,14 @@ def test_guidance_is_another_way_to_draw_the_same_model(experiment, commands):
     assert len({guided.score_folder(arm, 0) for arm in arms}) == 3
 
 
+def test_what_is_drawn_otherwise_is_trained_first_with_what_it_needs(experiment, commands):
+    experiment({arm: DRAWN[arm] for arm in ("E-LatentLPIPS, guidance 2", "l2, guidance 2")}, seeds=1).run()
+    scripts = [next(word for word in command if word.endswith(".py")) for _, command in commands]
+    drawn = [i for i, (_, command) in enumerate(commands) if "--model" in command]
+    assert len(drawn) == 2 and "train_latent_classifier.py" in scripts[: drawn[0]]
+    assert scripts[: drawn[0]].count("train_lpl_dit.py") >= 2
+
+
 def test_seeds_take_checkpoints_in_turn_and_missing_ones_are_trained(experiment, commands, toy_models, monkeypatch):
     trained, models = [], toy_models[0]
     monkeypatch.setattr(reproduce, "train_denoiser", lambda *args: trained.append(args))
