@@ -73,7 +73,7 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
     most = [max(1, round(max_samples * share)) for share in (1 / 4, 1 / 2, 1, 2, 4)]
     starts = [0, steps // 2, steps]
     longer = {start: f"--max_train_steps {steps + start}" for start in starts}
-    guided = {arm: f"{arm}, guidance 2" for arm in ("LPL", *COMPARED)}
+    guided = {arm: f"{arm}, guidance 2" for arm in ("LPL", *COMPARED, "l2, latents x 1.1")}
     fig_6 = ("frechet_distance", "coverage", "density", "precision", "recall")
     return {
         "num_blocks": Grid(

@@ -154,6 +154,7 @@ BOTH = {"l2": L2, "LPL": ""}
 DRAWN = {f"{arm}, latents x {x}": Drawn(flags, factor=x) for arm, flags in BOTH.items() for x in (1.1, 1.2, 1.3)}
 DRAWN |= {f"{arm}, guidance {x}": Drawn(flags, guidance_scale=x) for arm, flags in BOTH.items() for x in (1.5, 2, 3)}
 DRAWN |= {f"{arm}, guidance 2": Drawn(flags, guidance_scale=2) for arm, flags in MORE.items()}
+DRAWN["l2, latents x 1.1, guidance 2"] = Drawn(L2, factor=1.1, guidance_scale=2)
 
 
 # ---------------------------------------------------------------- commands that are run once
