@@ -6,7 +6,7 @@ import torch
 from ablations import Grid, draw_grid, flags_of, grid_table, make_grids
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from reproduce import L2, METRICS
+from reproduce import DRAWN, L2, METRICS, Drawn
 
 
 GRIDS = make_grids(300, 0.99, 8, 3)
@@ -63,9 +63,19 @@ def test_start_trains_as_long_after_l2_as_without():
     assert (grid.rows[0], grid.baselines[0]) == ("", L2)
 
 
+def test_with_guidance_all_are_compared_with_l2_that_has_it():
+    for name in ("guidance", "objectives_guided"):
+        grid = GRIDS[name]
+        for value, row in grid.rows.items():
+            both = [getattr(DRAWN.get(how), "guidance_scale", 1) for how in (row, grid.baselines[value])]
+            assert both == [1 if value == 1 else 2 if name == "objectives_guided" else value] * 2
+            assert DRAWN.get(grid.baselines[value], L2) in (L2, Drawn(L2, guidance_scale=both[0]))
+
+
 def test_the_default_is_trained_once_for_all_grids():
     for name, grid in GRIDS.items():
-        assert "" in grid.rows.values(), name
+        default = "LPL, guidance 2" if name == "objectives_guided" else ""
+        assert default in grid.rows.values(), name
         assert len(set(grid.rows.values())) == len(grid.rows), name
     assert list(GRIDS["num_blocks"].rows.items())[0] == (0, L2)
 
