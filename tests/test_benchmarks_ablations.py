@@ -64,12 +64,13 @@ def test_start_trains_as_long_after_l2_as_without():
 
 
 def test_with_guidance_all_are_compared_with_l2_that_has_it():
-    for name in ("guidance", "objectives_guided"):
-        grid = GRIDS[name]
-        for value, row in grid.rows.items():
-            both = [getattr(DRAWN.get(how), "guidance_scale", 1) for how in (row, grid.baselines[value])]
-            assert both == [1 if value == 1 else 2 if name == "objectives_guided" else value] * 2
-            assert DRAWN.get(grid.baselines[value], L2) in (L2, Drawn(L2, guidance_scale=both[0]))
+    guidance, objectives = GRIDS["guidance"], GRIDS["objectives_guided"]
+    for scale in (1.5, 2, 3):
+        assert DRAWN[guidance.rows[scale]] == Drawn("", guidance_scale=scale)
+        assert DRAWN[guidance.baselines[scale]] == Drawn(L2, guidance_scale=scale)
+    for arm, row in objectives.rows.items():
+        assert DRAWN[row].guidance_scale == 2
+        assert DRAWN[objectives.baselines[arm]] == Drawn(L2, guidance_scale=2)
 
 
 def test_the_default_is_trained_once_for_all_grids():
