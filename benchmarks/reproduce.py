@@ -572,7 +572,7 @@ def draw_samples(experiment, path, count=12):
     for arm in experiment.arms:
         files = sorted((experiment.score_folder(arm, 0) / "samples" / "samples").glob("*.png"))[:count]
         pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-        rows[textwrap.fill(arm, 14)] = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        rows[textwrap.fill(arm, 16)] = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
         labels = [""] * len(files)
     draw_comparison(labels, rows, path, scale=1)
 
