@@ -131,6 +131,15 @@ def make_grids(steps, ema_decay, max_samples, num_blocks):
             axis="log",
             disks=True,
         ),
+        "mid_block": Grid(
+            "The mid block alone, with as many and with 4 times as many samples",
+            {
+                f"all blocks, {max_samples}": LPL,
+                f"mid block, {max_samples}": "--lpl_num_blocks 0",
+                f"all blocks, {most[-1]}": f"--lpl_max_samples {most[-1]}",
+                f"mid block, {most[-1]}": f"--lpl_num_blocks 0 --lpl_max_samples {most[-1]}",
+            },
+        ),
         "start": Grid(
             "Table 4: steps of l2 alone before LPL, against as many of l2",
             {start: f"{flags} --lpl_start_step {start}" if start else LPL for start, flags in longer.items()},
